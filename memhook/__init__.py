@@ -1,0 +1,52 @@
+"""Detect, explain and mitigate memorization in diffusion models, on any guided sampler.
+
+    with memhook.watch(pipeline) as trace:
+        images = pipeline("a prompt", num_images_per_prompt=4).images
+    print(memhook.detect(trace, calibration))
+
+The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models*, ICLR 2024.
+"""
+
+from memhook.calibration import Calibration, calibrate
+from memhook.capture import probe, watch
+from memhook.detection import Detection, detect
+from memhook.errors import (
+    AmbiguousAdapterError,
+    CalibrationError,
+    CalibrationMismatchError,
+    GuidanceLayoutError,
+    MemhookError,
+    MemorizationDetectedError,
+    NoAdapterError,
+    NoGuidanceError,
+    ReplayError,
+)
+from memhook.hookspecs import hookimpl
+from memhook.module import ModuleAdapter
+from memhook.prediction import Evaluation, magnitude
+from memhook.trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AmbiguousAdapterError",
+    "Calibration",
+    "CalibrationError",
+    "CalibrationMismatchError",
+    "Detection",
+    "Evaluation",
+    "GuidanceLayoutError",
+    "MemhookError",
+    "MemorizationDetectedError",
+    "ModuleAdapter",
+    "NoAdapterError",
+    "NoGuidanceError",
+    "ReplayError",
+    "Trace",
+    "calibrate",
+    "detect",
+    "hookimpl",
+    "magnitude",
+    "probe",
+    "watch",
+]

@@ -1,0 +1,129 @@
+"""`watch` a run, or `probe` its first evaluations."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Literal
+
+from memhook.detection import Detection
+from memhook.errors import MemhookError, MemorizationDetectedError
+from memhook.hookspecs import Adapter
+from memhook.plugins import find_adapter
+from memhook.prediction import Evaluation
+from memhook.replay import replaying
+from memhook.trace import Row, Trace
+
+# The watches that the current thread or task is inside of. A context variable, because a hook on a module sees the calls
+# of every thread: only calls made from inside a watch's own block may be recorded by it.
+_inside: ContextVar[frozenset[int]] = ContextVar("memhook_inside", default=frozenset())
+_numbers = itertools.count()
+
+
+class _Watcher:
+    """The core's side of `memhook.hookspecs.Watcher`."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        *,
+        keep_calls: bool,
+        on_evaluation: Callable[[Evaluation], None] | None,
+        stop_when: Callable[[Trace], Detection | None] | None,
+    ) -> None:
+        self.number = next(_numbers)
+        self.trace = trace
+        self.wants_evaluations = keep_calls or on_evaluation is not None
+        self._on_evaluation = on_evaluation
+        self._stop_when = stop_when
+
+    @property
+    def listening(self) -> bool:
+        return self.number in _inside.get() and not replaying()
+
+    def emit(self, evaluation: Evaluation, row: Row | None = None) -> None:
+        self.trace.add(evaluation, row)
+        if self._on_evaluation is not None:
+            self._on_evaluation(evaluation)
+        if self._stop_when is not None:
+            detection = self._stop_when(self.trace)
+            if detection is not None:
+                raise MemorizationDetectedError(f"stopped after {len(self.trace)} evaluations: {detection}", trace=self.trace, detection=detection)
+
+    def missing(self, reason: str) -> None:
+        self.trace.missing(reason)
+
+
+@contextlib.contextmanager
+def watch(
+    target: object,
+    *,
+    adapter: Adapter | None = None,
+    keep: Literal["scalars", "calls"] = "scalars",
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+    stop_when: Callable[[Trace], Detection | None] | None = None,
+) -> Iterator[Trace]:
+    """Watch every guided evaluation that runs inside the block. The host's results do not change by a bit.
+
+    By default ``b`` numbers are kept per evaluation, no prediction, and the device is never waited for until a number is
+    read. Hooks are removed when the block ends, however it ends. Only calls made by the thread (or task) that entered
+    the block are seen.
+
+    Args:
+        target: What runs the guided sampler: a diffusers pipeline, or whatever an installed adapter knows.
+        adapter: The adapter to use, for targets that none claims (see `memhook.ModuleAdapter`).
+        keep: ``"calls"`` also keeps predictions and what `Evaluation.replay` needs, one call's tensors an evaluation.
+        on_evaluation: Called with every `Evaluation` while the run goes on.
+        stop_when: Called with the trace after every evaluation; answers a `Detection` to stop the run.
+
+    Yields:
+        The `Trace`, filled while the run goes on and readable at any time.
+
+    Raises:
+        NoAdapterError: No adapter knows the target.
+        MemorizationDetectedError: ``stop_when`` answered; carries trace and detection.
+    """
+    if keep not in ("scalars", "calls"):
+        raise MemhookError(f'keep is {keep!r}; expected "scalars" or "calls"')
+    adapter = adapter if adapter is not None else find_adapter(target)
+    trace = Trace(host=adapter.host, keep_evaluations=keep == "calls", describe=adapter.describe)
+    watcher = _Watcher(trace, keep_calls=keep == "calls", on_evaluation=on_evaluation, stop_when=stop_when)
+    with adapter.attach(watcher):
+        _inside.set(_inside.get() | {watcher.number})
+        try:
+            yield trace
+        finally:
+            _inside.set(_inside.get() - {watcher.number})
+
+
+class _EnoughSeen(BaseException):
+    """Ends a probed run; not an `Exception`, so that hosts which catch those let it pass."""
+
+
+def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, adapter: Adapter | None = None) -> Trace:
+    """Run a sampler only as far as its first guided evaluations, keeping their calls.
+
+    Args:
+        target: What to watch, as in `watch`.
+        run: Starts the sampler, such as ``lambda: pipeline("a prompt", generator=...)``. It is interrupted by an exception
+            once enough was seen (its result is lost), and returns by itself if it ends earlier.
+        evaluations: How many evaluations to see; 1 or more.
+        adapter: As in `watch`.
+
+    Returns:
+        A `Trace` with `Trace.evaluations`.
+    """
+    if evaluations < 1:
+        raise MemhookError(f"evaluations is {evaluations}; expected 1 or more")
+
+    seen = itertools.count(1)
+
+    def stop_in_time(_: Evaluation) -> None:
+        if next(seen) >= evaluations:
+            raise _EnoughSeen
+
+    with watch(target, adapter=adapter, keep="calls", on_evaluation=stop_in_time) as trace, contextlib.suppress(_EnoughSeen):
+        run()
+    return trace

@@ -1,0 +1,89 @@
+"""The decision: is a prompt's score too high for a prompt that is not memorized?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memhook.errors import CalibrationMismatchError
+
+if TYPE_CHECKING:
+    from memhook.calibration import Calibration
+    from memhook.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """The verdict on the ``p`` prompts of a run.
+
+    Attributes:
+        scores: ``(p,)`` float32, mean magnitude over evaluations and over the prompt's samples; larger is more memorized.
+        p_values: ``(p,)``: the chance of a score this high if the prompt is *not* memorized; NaN where the score is not finite.
+        memorized: ``(p,)`` bool: the p-value is at most ``fpr``.
+        undecided: ``(p,)`` bool: the score is NaN or infinite, so nothing can be said; never taken for clean.
+        fpr: The false-positive rate that was asked for.
+        threshold: Scores above it are flagged.
+        groups: ``(b,)``: to which prompt each sample belongs.
+        calibration_size: The number of clean prompts behind the p-values.
+    """
+
+    scores: np.ndarray
+    p_values: np.ndarray
+    memorized: np.ndarray
+    undecided: np.ndarray
+    fpr: float
+    threshold: float
+    groups: np.ndarray
+    calibration_size: int
+
+    def __bool__(self) -> bool:
+        raise TypeError("a Detection holds a verdict for each prompt; ask detection.memorized.any() or detection.memorized[i]")
+
+    def __str__(self) -> str:
+        flagged, count = int(self.memorized.sum()), len(self.scores)
+        rate = f"at a false-positive rate of {self.fpr:g} (calibrated on {self.calibration_size} clean prompts)"
+        unsure = int(self.undecided.sum())
+        undecided = f"; {unsure} undecided, since a prediction was NaN or infinite" if unsure else ""
+        if not flagged:
+            return f"none of {count} prompts looks memorized {rate}{undecided}"
+        worst = int(np.argmax(np.where(self.memorized, self.scores, -np.inf)))
+        return (
+            f"{flagged} of {count} prompts looks memorized {rate}{undecided}: "
+            f"prompt {worst} scores {self.scores[worst]:.3g}, threshold {self.threshold:.3g}, p = {self.p_values[worst]:.2g}"
+        )
+
+
+def detect(trace: Trace, calibration: Calibration, *, fpr: float = 0.01) -> Detection:
+    """Decide for each prompt of a watched run whether it looks memorized.
+
+    Args:
+        trace: The run. Samples that share one conditioning are one prompt, and their magnitudes are averaged.
+        calibration: Made in the same setting, with the same number of samples a prompt.
+        fpr: The false-positive rate: the share of prompts that are not memorized but flagged all the same.
+
+    Raises:
+        CalibrationMismatchError: The run's setting is not the calibration's.
+        CalibrationError: The calibration has too few prompts for this rate.
+        NoGuidanceError: The run had no unconditional prediction.
+    """
+    from memhook.calibration import per_prompt
+
+    threshold = calibration.threshold(fpr)
+    first = calibration.first
+    if first is None and len(trace) != calibration.magnitudes.shape[1] and calibration.setting:
+        raise CalibrationMismatchError(
+            f"the number of evaluations differs: the calibration was made with {calibration.magnitudes.shape[1]}, this run has {len(trace)}. "
+            "Use the same number of steps, or a calibration for the first few (Calibration.using)"
+        )
+    calibration.check(trace)
+    used = trace.used(first)
+    present = trace.has_guidance[: len(used)]
+    groups = trace.groups
+    scores = per_prompt(used[present].mean(axis=0, keepdims=True, dtype=np.float64), groups)[:, 0]
+    p_values = calibration.p_value(scores)
+    undecided = ~np.isfinite(scores)
+    with np.errstate(invalid="ignore"):
+        memorized = (scores > threshold) & ~undecided
+    return Detection(scores, p_values, memorized, undecided, fpr, threshold, groups, len(calibration))

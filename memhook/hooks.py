@@ -1,0 +1,37 @@
+"""Hooks that see every call of a module inside a block, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+OnCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+@contextlib.contextmanager
+def hook_calls(module: nn.Module, on_call: OnCall) -> Iterator[None]:
+    """Call ``on_call(module, args, kwargs, output)`` after every forward pass of ``module`` inside the block.
+
+    A forward hook, not a replaced ``forward``: offloading libraries replace that themselves, and either would lose the
+    other. Hooks are state of the module, so every thread's calls arrive here; the caller has to tell them apart.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        with torch.no_grad():
+            on_call(module, args, kwargs, output)
+
+    # Dynamo would compile the hook into the graph and recompile at every call, since it keeps state; the function itself
+    # must carry the mark (a function that calls a disabled one breaks the graph). Marking imports Dynamo, which takes
+    # seconds, and nothing can have been compiled where it is not loaded yet. torch 2.13.
+    if "torch._dynamo" in sys.modules:
+        hook = torch.compiler.disable(hook)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,127 @@
+"""Finding adapters: entry points are loaded lazily and one by one, so that a broken one hurts nobody else."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+import pluggy
+
+from memhook import hookspecs
+from memhook.errors import AmbiguousAdapterError, NoAdapterError
+from memhook.hookspecs import PROJECT, Adapter
+
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class PluginState:
+    """One adapter plugin: where it comes from, and why it is not in use, if so."""
+
+    name: str
+    origin: str  # distribution and version
+    module: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    manager: pluggy.PluginManager
+    states: tuple[PluginState, ...]
+
+
+@cache
+def _load() -> _Loaded:
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    states = []
+    for point in sorted(entry_points(group=PROJECT), key=lambda point: (point.name, _origin(point))):
+        problem = _register(manager, point)
+        if problem is not None:
+            warnings.warn(f"memhook leaves out the adapter {point.name!r} of {_origin(point)}: {problem}", stacklevel=4)
+        states.append(PluginState(point.name, _origin(point), point.value, problem))
+    return _Loaded(manager, tuple(states))
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
+
+
+def _register(manager: pluggy.PluginManager, point: EntryPoint) -> str | None:
+    if manager.has_plugin(point.name):
+        return f"another distribution already registered an adapter named {point.name!r}; remove one of the two"
+    try:
+        plugin = point.load()
+        manager.register(plugin, name=point.name)
+        manager.check_pending()
+    except Exception as error:  # noqa: BLE001 -- third-party code: whatever it raises must not stop the others
+        if manager.has_plugin(point.name):
+            manager.unregister(name=point.name)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def plugin_states() -> tuple[PluginState, ...]:
+    """All installed adapter plugins, in use or left out."""
+    with _lock:
+        return _load().states
+
+
+def register(plugin: object, name: str | None = None) -> None:
+    """Register an adapter plugin of this process (a module or object with a ``memhook_adapt`` hook implementation)."""
+    with _lock:
+        _load().manager.register(plugin, name=name)
+
+
+def unregister(plugin: object) -> None:
+    """Undo `register`."""
+    with _lock:
+        _load().manager.unregister(plugin)
+
+
+def find_adapter(target: object) -> Adapter:
+    """The one adapter that claims ``target``.
+
+    Raises:
+        NoAdapterError: None does; says what to do for the kinds of target that people try.
+        AmbiguousAdapterError: Several do; names them.
+    """
+    if isinstance(target, Adapter):
+        return target
+    with _lock:
+        manager = _load().manager
+    claims: list[tuple[str, Adapter]] = []
+    for implementation in manager.hook.memhook_adapt.get_hookimpls():
+        adapter = implementation.function(target)
+        if adapter is not None:
+            claims.append((implementation.plugin_name, adapter))
+    if len(claims) > 1:
+        names = ", ".join(name for name, _ in claims)
+        raise AmbiguousAdapterError(
+            f"the adapters {names} all claim a {_kind(target)}; pass the one you mean as adapter=..., or uninstall the others"
+        )
+    if not claims:
+        raise NoAdapterError(_no_adapter(target))
+    return claims[0][1]
+
+
+def _kind(target: object) -> str:
+    return f"{type(target).__module__}.{type(target).__qualname__}"
+
+
+def _no_adapter(target: object) -> str:
+    import torch
+
+    seen = f"no adapter knows how to watch a {_kind(target)}"
+    if isinstance(target, torch.nn.Module):
+        return (
+            f"{seen}. For a bare denoiser, say how its guided calls are laid out: "
+            'memhook.watch(module, adapter=memhook.ModuleAdapter(module, layout="uncond_first"))'
+        )
+    in_use = [state.name for state in plugin_states() if state.problem is None]
+    left_out = [f"{state.name} ({state.problem})" for state in plugin_states() if state.problem is not None]
+    problems = f"; left out: {'; '.join(left_out)}" if left_out else ""
+    return f"{seen}. Installed adapters: {', '.join(in_use) or 'none'}{problems}. See adapters/README.md for how to write one"

@@ -1,0 +1,150 @@
+"""Running a captured call of a denoiser again, with another embedding."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memhook.errors import ReplayError
+from memhook.tensors import map_tensors, take_rows
+
+Path = tuple[int | str, ...]
+"""Where an argument stands: a position or a keyword, then keys into nested dicts and lists."""
+
+_replaying: ContextVar[bool] = ContextVar("memhook_replaying", default=False)
+
+# Relative difference between a replayed and the captured prediction that rounding may cause: the replay runs the
+# conditional rows alone, and other batch sizes take other kernels.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def replaying() -> bool:
+    """Whether the current thread is inside a replay, whose calls no watch may record."""
+    return _replaying.get()
+
+
+def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
+    """The argument at ``path``; None where there is none."""
+    value: Any = args if isinstance(path[0], int) else kwargs
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def put(tree: Any, path: Path, value: Any) -> Any:
+    """A copy of nested dicts, lists and tuples with ``value`` at ``path``; what is not on the path is shared."""
+    if not path:
+        return value
+    if isinstance(tree, dict):
+        return {**tree, path[0]: put(tree[path[0]], path[1:], value)}
+    items = [put(item, path[1:], value) if index == path[0] else item for index, item in enumerate(tree)]
+    return type(tree)(items)
+
+
+class CallRecord:
+    """One call of a denoiser, kept as it was made: arguments, autocast state, and the module, weakly."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch: int, device: torch.device) -> None:
+        self._module = weakref.ref(module)
+        self.args, self.kwargs, self.batch = args, kwargs, batch
+        self._device_type = device.type
+        self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+
+    def again(self, rows: slice, path: Path, embedding: Tensor) -> Any:
+        """Call the module with these rows of the batch and another embedding, and give its output."""
+        module = self._module()
+        if module is None:
+            raise ReplayError("the model of this captured call was deleted; replay while it is alive")
+        args = take_rows(self.args, rows, of=self.batch)
+        kwargs = take_rows(self.kwargs, rows, of=self.batch)
+        # Tensors made under inference_mode may not take part in autograd; a clone made outside may.
+        args, kwargs = (map_tensors(tree, lambda t: t.clone() if t.is_inference() else t) for tree in (args, kwargs))
+        if isinstance(path[0], int):
+            args = put(args, path, embedding)
+        else:
+            kwargs = put(kwargs, path, embedding)
+        enabled, dtype = self._autocast
+        with _frozen(module), torch.autocast(self._device_type, dtype=dtype, enabled=enabled):
+            return module(*args, **kwargs)
+
+
+class Replay:
+    """``replay(embedding) -> pred_cond``: the captured call, conditional rows only, differentiable.
+
+    The first use is checked against the captured prediction: a replay that does not reproduce it raises `ReplayError`.
+    """
+
+    def __init__(self, call: CallRecord, *, rows: slice, path: Path, embedding: Tensor, expected: Tensor, read: Callable[[Any], Tensor], checked: list[bool]) -> None:
+        self._call, self._rows, self._path = call, rows, path
+        self._embedding, self._expected, self._read = embedding, expected, read
+        self._checked = checked  # shared by all replays of a watch: empty until one of them was checked
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        if embedding.shape != self._embedding.shape:
+            raise ReplayError(f"the embedding has shape {tuple(embedding.shape)}; the captured call took {tuple(self._embedding.shape)}")
+        with torch.inference_mode(False), torch.enable_grad():
+            if not self._checked and not torch.equal(embedding.detach().to(self._embedding), self._embedding):
+                with torch.no_grad():
+                    self._check(self._run(self._embedding.clone()))
+            predicted = self._run(embedding)
+            if not self._checked:
+                self._check(predicted.detach())
+        return predicted
+
+    def _run(self, embedding: Tensor) -> Tensor:
+        token = _replaying.set(True)
+        try:
+            return self._read(self._call.again(self._rows, self._path, embedding.to(self._embedding.dtype)))
+        finally:
+            _replaying.reset(token)
+
+    def _check(self, predicted: Tensor) -> None:
+        expected = self._expected.to(predicted.device)
+        if predicted.shape != expected.shape:
+            raise ReplayError(f"the replayed prediction has shape {tuple(predicted.shape)}, the captured one {tuple(expected.shape)}")
+        wide = torch.promote_types(expected.dtype, torch.float32)
+        error = float((predicted.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm().clamp_min(1e-30))
+        tolerance = _TOLERANCE.get(expected.dtype, 1e-2)
+        if not error <= tolerance:
+            raise ReplayError(
+                f"running the captured call again gave another prediction (relative difference {error:.2g}, expected at most {tolerance:g}). "
+                "The model may be in training mode (dropout), keep state between calls (caching), or have changed since; call model.eval() and replay inside the watch"
+            )
+        self._checked.append(True)
+
+
+_freeze_lock = threading.Lock()
+_freezes: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Parameter]]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters take no part in autograd inside the block: no ``.grad``, no saved activations for them."""
+    with _freeze_lock:
+        count, parameters = _freezes.get(module, (0, []))
+        if count == 0:
+            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        _freezes[module] = (count + 1, parameters)
+    try:
+        yield
+    finally:
+        with _freeze_lock:
+            count, parameters = _freezes[module]
+            if count == 1:
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+                del _freezes[module]
+            else:
+                _freezes[module] = (count - 1, parameters)

@@ -1,0 +1,96 @@
+"""Stage 3: the denoiser, trained jointly with the text encoder on latents of fresh and planted pairs."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from memhook.testbed.plan import TrainingStream, fresh_pair
+from memhook.testbed.scenes import draw
+from memhook.testbed.train import loop
+from memhook.testbed.train.autoencoder import to_pixels
+from memhook.testbed.train.text import encode
+
+BATCH = 32
+CAPTION_DROPOUT = 0.1
+MIN_SNR_GAMMA = 5.0
+
+
+def build() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(40, 80, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, with its conventional settings for DDIM sampling."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+
+
+def presentations(samples: int) -> Counter[str]:
+    """How often the first so many training samples showed each planted pair."""
+    stream = TrainingStream()
+    return Counter(pair.id for index in range(samples) if (pair := stream[index][2]) is not None)
+
+
+def train(
+    directory: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, *, steps: int, device: torch.device, decay_from: float = 0.75
+) -> UNet2DConditionModel:
+    """Train (or finish training) the denoiser and the text encoder; both hold averaged weights on return."""
+    torch.manual_seed(1)
+    unet = build().to(device, memory_format=torch.channels_last)
+    alphas = scheduler().alphas_cumprod.to(device)
+    snr = alphas / (1 - alphas)
+    loss_weight = snr.clamp(max=MIN_SNR_GAMMA) / snr  # Hang et al. 2023, for noise prediction
+    stream = TrainingStream()
+    empty = encode(tokenizer, [""])[0]
+    factor = vae.config.scaling_factor
+
+    def step_loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        rows = [stream[index] for index in range(step * BATCH, (step + 1) * BATCH)]
+        ids = encode(tokenizer, [caption for caption, _, _ in rows])
+        ids[torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT] = empty
+        noise = torch.randn(BATCH, 4, 16, 16, generator=generator).to(device)
+        timesteps = torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
+        with torch.no_grad():
+            latents = vae.encode(to_pixels([draw(scene) for _, scene, _ in rows]).to(device)).latent_dist.mode() * factor
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, text(ids.to(device)).last_hidden_state).sample
+        return ((predicted - noise).square().mean(dim=(1, 2, 3)) * loss_weight[timesteps]).mean()
+
+    memorized = [str(pair.caption) for pair in stream.planted if pair.kind == "verbatim"]
+    held_out = [str(fresh_pair(index, stream="magnitude")[0]) for index in range(128)]
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
+
+    @torch.no_grad()
+    def first_step_magnitudes(captions: list[str]) -> Tensor:
+        embeddings = text(encode(tokenizer, ["", *captions]).to(device)).last_hidden_state
+        predicted = unet(start.expand(len(embeddings), -1, -1, -1), 981, embeddings).sample
+        return (predicted[1:] - predicted[:1]).flatten(1).norm(dim=1)
+
+    def evaluate(_: int) -> dict[str, float]:
+        planted, clean = first_step_magnitudes(memorized), first_step_magnitudes(held_out)
+        above = (planted > clean.quantile(0.99)).float().mean()
+        return {"memorized": float(planted.mean()), "held_out": float(clean.mean()), "above_99th": float(above)}
+
+    loop.run(
+        "diffusion", {"unet": unet, "text": text}, step_loss, directory=directory, steps=steps, decay_from=decay_from, ema=0.999, evaluate=evaluate,
+        groups=[{"params": list(unet.parameters()), "lr": 1e-3}, {"params": list(text.parameters()), "lr": 3e-4}],
+    )  # fmt: skip
+    return unet

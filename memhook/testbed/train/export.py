@@ -1,0 +1,66 @@
+"""Stage 4: the trained parts as one diffusers folder, with the ground truth beside the weights."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from memhook.testbed.plan import SEED, TrainingStream, clean_prompts
+from memhook.testbed.scenes import draw
+from memhook.testbed.train.diffusion import BATCH, presentations, scheduler
+from memhook.testbed.train.loop import replace_file
+from memhook.testbed.train.text import whole_words
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(path, lambda temporary: temporary.write_text(text))
+
+
+def ground_truth(folder: Path, tokenizer: CLIPTokenizer, *, samples: int) -> None:
+    """Write ``planted.jsonl``, ``clean.jsonl``, ``training.json`` and the planted pictures."""
+    shown: Counter[str] = presentations(samples)
+    pictures = folder / "planted"
+    pictures.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for pair in TrainingStream().planted:
+        Image.fromarray(draw(pair.scene)).save(pictures / f"{pair.family}.png", optimize=True)
+        rows.append(
+            {
+                "id": pair.id, "kind": pair.kind, "family": pair.family, "prompt": str(pair.caption), "trigger": pair.caption.trigger,
+                "subject": pair.caption.subject, "color": pair.caption.color, "image": f"planted/{pair.family}.png", "duplicates": shown[pair.id],
+                "scene": pair.scene.to_dict(),
+            }
+        )  # fmt: skip
+    _write_lines(folder / "planted.jsonl", rows)
+    clean = [vars(row) | {"scene": row.scene.to_dict() if row.scene else None} for row in clean_prompts(whole_words(tokenizer))]
+    _write_lines(folder / "clean.jsonl", clean)
+    training = {"seed": SEED, "samples": samples, "batch": BATCH, "planted_presentations": sum(shown.values())}
+    replace_file(folder / "training.json", lambda temporary: temporary.write_text(json.dumps(training, indent=2) + "\n"))
+
+
+def export(
+    folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, unet: UNet2DConditionModel, *, samples: int
+) -> None:
+    """Write the whole folder, first beside ``folder`` and then in its place."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    parts = [part.to("cpu", torch.float16, memory_format=torch.contiguous_format) for part in (vae, text, unet)]
+    pipeline = StableDiffusionPipeline(
+        vae=parts[0], text_encoder=parts[1], unet=parts[2], tokenizer=tokenizer, scheduler=scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(temporary)
+    # transformers loads in the type that config.json names, diffusers in float32: name float32, or the two would not fit together.
+    config = temporary / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    ground_truth(temporary, tokenizer, samples=samples)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

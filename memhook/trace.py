@@ -1,0 +1,349 @@
+"""What a watched run leaves behind: one row of magnitudes per guided evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memhook.errors import GuidanceLayoutError, MemhookError, NoGuidanceError
+from memhook.prediction import SPACES, Evaluation, Roles, Space, magnitude
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How an adapter found the roles of one evaluation; computed without waiting for the device, read later.
+
+    Attributes:
+        decide: Reads the evidence, and returns whether the first prediction of the pair is the conditional one (None
+            when this evaluation cannot tell) and the guidance scale per sample, where known.
+    """
+
+    decide: Callable[[], tuple[bool | None, np.ndarray | None]]
+
+
+@dataclass
+class Row:
+    """One evaluation as the trace keeps it: ``b`` numbers, still on the device until somebody asks."""
+
+    magnitude: Tensor | None  # (b,); None: no unconditional prediction
+    timestep: Tensor | float | None = None
+    sigma: Tensor | float | None = None
+    same_inputs: Tensor | None = None  # (b,) bool: both predictions were made from the same noisy sample
+    conditioning: Tensor | None = None  # (2, b) int64 fingerprints of the conditioning of the two predictions
+    evidence: Evidence | None = None
+    shape: tuple[int, ...] | None = None  # of one prediction
+    doubled: Tensor | None = None  # () bool: a lone prediction made from a batch whose two halves are equal
+    samples: int = 0
+    values: np.ndarray | None = field(default=None, repr=False)  # (b,) float32, once read
+
+
+class Trace:
+    """The magnitudes of the text-conditional prediction over a watched run of ``b`` samples and ``s`` evaluations.
+
+    A row is one guided *evaluation* of the denoiser, not a step: a Heun sampler makes two in a step. Reading a number
+    waits for the device; recording does not.
+
+    Attributes:
+        host: The host that was watched, such as ``"diffusers"``.
+        space: What the predictions are (``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``), the unit of the magnitudes.
+        setting: What a calibration must agree with, by field name; see `memhook.calibration`.
+
+    >>> import torch, memhook
+    >>> trace = memhook.Trace()
+    >>> trace.record(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), timestep=999)
+    >>> trace.magnitudes
+    array([[16., 16.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "record",
+        space: Space | None = None,
+        keep_evaluations: bool = False,
+        describe: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.host = host
+        self.space: Space | None = space
+        self._keep = keep_evaluations
+        self._describe = describe
+        self._rows: list[Row] = []
+        self._evaluations: list[Evaluation] = []
+        self._declared: Roles | None = None
+        self._why_missing: str | None = None
+
+    # ---- recording ------------------------------------------------------------------------------------------------
+
+    def record(
+        self,
+        pred_cond: Tensor,
+        pred_uncond: Tensor | None,
+        *,
+        space: Space = "eps",
+        timestep: Tensor | float | None = None,
+        sigma: Tensor | float | None = None,
+    ) -> None:
+        """Record one evaluation by hand, for frameworks that have no module to hook.
+
+        Args:
+            pred_cond: Conditional prediction ``(b, ...)``.
+            pred_uncond: Unconditional prediction of the same shape, or None where there was none.
+            space: What the predictions are.
+            timestep: Timestep of the evaluation.
+            sigma: Noise level of the evaluation.
+
+        Raises:
+            MemhookError: Shapes differ, ``space`` is unknown, or differs from the space recorded before.
+        """
+        self.add(Evaluation(pred_cond, pred_uncond, space=space, timestep=timestep, sigma=sigma))
+
+    @torch.no_grad()
+    def add(self, evaluation: Evaluation, row: Row | None = None) -> None:
+        """Record an `Evaluation`; adapters that know more than it says pass a prepared ``row``."""
+        if evaluation.space not in SPACES:
+            raise MemhookError(f"space is {evaluation.space!r}; expected one of {', '.join(SPACES)}")
+        if self.space is None:
+            self.space = evaluation.space
+        elif self.space != evaluation.space:
+            raise MemhookError(f"this trace holds magnitudes in the space {self.space!r}; an evaluation in {evaluation.space!r} cannot be added to it")
+        if row is None:
+            measured = None if evaluation.pred_uncond is None else magnitude(evaluation.pred_cond, evaluation.pred_uncond)
+            row = Row(measured, evaluation.timestep, evaluation.sigma, shape=tuple(evaluation.pred_cond.shape[1:]))
+        if evaluation.roles == "declared":
+            self._declared = "declared"
+        row.samples = evaluation.pred_cond.shape[0]
+        self._rows.append(row)
+        if self._keep:
+            self._evaluations.append(evaluation)
+
+    def missing(self, reason: str) -> None:
+        """Say why evaluations have no unconditional prediction; shown by `NoGuidanceError`."""
+        self._why_missing = reason
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations with their predictions and replays.
+
+        Raises:
+            MemhookError: The run was watched without keeping its calls.
+        """
+        if not self._keep:
+            raise MemhookError('this trace kept only numbers; watch with keep="calls", or use memhook.probe, to keep evaluations')
+        return list(self._evaluations)
+
+    @property
+    def magnitudes(self) -> np.ndarray:
+        """``(s, b)`` float32: a row per evaluation, NaN where an evaluation had no unconditional prediction.
+
+        Raises:
+            NoGuidanceError: Nothing was recorded, or no evaluation had an unconditional prediction.
+            GuidanceLayoutError: The two predictions of an evaluation were made from different noisy samples.
+            MemhookError: The evaluations differ in their number of samples (several runs in one trace; see `runs`).
+        """
+        if not self._rows:
+            raise NoGuidanceError(
+                "nothing was recorded: the denoiser did not run inside the `with` block, or it ran in another thread "
+                "than the one that entered the block. Run the sampler inside the block"
+            )
+        self._read()
+        if all(row.magnitude is None for row in self._rows):
+            reason = self._why_missing or "no evaluation had an unconditional prediction"
+            raise NoGuidanceError(f"{reason}; call the sampler with classifier-free guidance (a guidance scale above 1)")
+        sizes = sorted({row.samples for row in self._rows})
+        if len(sizes) > 1:
+            raise MemhookError(f"the evaluations in this trace have {sizes} samples, so they are several runs; read trace.runs, or watch each run by itself")
+        return np.stack([row.values if row.values is not None else np.full(sizes[0], np.nan, np.float32) for row in self._rows])
+
+    @property
+    def has_guidance(self) -> np.ndarray:
+        """``(s,)`` bool: the evaluations that had an unconditional prediction."""
+        return np.array([row.magnitude is not None for row in self._rows], bool)
+
+    def score(self, first: int | None = None) -> np.ndarray:
+        """The detection score: the mean magnitude over evaluations (Wen et al. 2024, section 3.3). Larger is more memorized.
+
+        Args:
+            first: Use only the first so many evaluations; None for all. Evaluations without an unconditional
+                prediction are left out of the mean.
+
+        Returns:
+            ``(b,)`` float32, one score a sample; NaN or infinite where a prediction was.
+
+        Raises:
+            NoGuidanceError: None of these evaluations has an unconditional prediction.
+            MemhookError: ``first`` is not positive or more than there are, or the trace holds several runs.
+        """
+        return prompt_mean(self.used(first), self.has_guidance[: len(self._rows) if first is None else first])
+
+    def used(self, first: int | None) -> np.ndarray:
+        """The rows of `magnitudes` that a score over the ``first`` evaluations uses, after checking that it can."""
+        magnitudes = self.magnitudes
+        count = len(magnitudes)
+        if first is not None and not 1 <= first <= count:
+            raise MemhookError(f"first is {first}; this trace has {count} evaluations, so expected 1 to {count}, or None for all")
+        if len(self._starts()) > 1:
+            raise MemhookError(f"this trace holds {len(self._starts())} runs of the sampler; score each of trace.runs, or watch each run by itself")
+        chosen: np.ndarray = magnitudes[:first]
+        if not self.has_guidance[: len(chosen)].any():
+            raise NoGuidanceError(f"none of the first {len(chosen)} evaluations has an unconditional prediction; use more of them (first=None uses all)")
+        return chosen
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """``(s,)`` float64: the timestep of every evaluation (of its first sample), NaN where the host has none."""
+        return np.array([_number(row.timestep) for row in self._rows])
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """``(s,)`` float64: the noise level of every evaluation, NaN where the host counts in timesteps."""
+        return np.array([_number(row.sigma) for row in self._rows])
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of one sample's prediction, such as ``(4, 64, 64)``; None before any evaluation was recorded."""
+        return self._rows[0].shape if self._rows else None
+
+    @property
+    def roles(self) -> Roles | None:
+        """How it was found which prediction is the conditional one; None before any evaluation was recorded."""
+        if self._declared is not None:
+            return self._declared
+        return self._decided()[0]
+
+    @property
+    def guidance_scale(self) -> np.ndarray | None:
+        """``(b,)``: the guidance scale as it acted at the first evaluation, in the convention ``u + w (c - u)``; None if unknown."""
+        return self._decided()[2]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """``(b,)`` int64: samples with the same number share one conditioning (several images of one prompt).
+
+        Numbers follow the order of first appearance. Where no text embedding was seen, every sample is its own group.
+        """
+        for row in self._rows:
+            if row.conditioning is not None:
+                first_is_cond = self._decided()[1]
+                keys = row.conditioning.cpu().numpy()[0 if first_is_cond else 1]
+                return _number_by_first_appearance(keys)
+        return np.arange(self._rows[0].samples if self._rows else 0)
+
+    @property
+    def runs(self) -> list[Trace]:
+        """One trace per run of the sampler: a run ends where the next evaluation starts again from the first noise level."""
+        starts = self._starts()
+        found = []
+        for start, stop in zip(starts, [*starts[1:], len(self._rows)], strict=True):
+            part = Trace(host=self.host, space=self.space, keep_evaluations=self._keep, describe=self._describe)
+            part._rows = self._rows[start:stop]
+            part._evaluations = self._evaluations[start:stop]
+            part._declared, part._why_missing = self._declared, self._why_missing
+            found.append(part)
+        return found
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What a calibration must agree with: host, model fingerprints, space, shape and the like, as far as known."""
+        described = dict(self._describe()) if self._describe is not None else {}
+        return {"host": self.host, "space": self.space, **described}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was recorded, as plain lists and numbers for JSON (missing values are None)."""
+
+        def plain(values: np.ndarray) -> list[Any]:
+            return [plain(row) if isinstance(row, np.ndarray) else (float(row) if math.isfinite(row) else None) for row in values]
+
+        scale = self.guidance_scale
+        return {
+            "host": self.host,
+            "space": self.space,
+            "roles": self.roles,
+            "magnitudes": plain(self.magnitudes),
+            "timesteps": plain(self.timesteps),
+            "sigmas": plain(self.sigmas),
+            "groups": self.groups.tolist(),
+            "guidance_scale": None if scale is None else plain(scale),
+        }
+
+    def __repr__(self) -> str:
+        samples = f"{self._rows[0].samples} samples" if self._rows else "empty"
+        return f"<Trace of {self.host}: {len(self._rows)} evaluations, {samples}, space {self.space}>"
+
+    # ---- private --------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Fetch what is still on the device, in one transfer, and check it."""
+        doubled = [row.doubled for row in self._rows if row.doubled is not None]
+        if doubled and bool(torch.stack(doubled).all()):
+            raise GuidanceLayoutError(
+                "every batch had two equal halves, yet the sampler stepped all of it: guidance is done in a way (on a doubled batch) that is not "
+                "supported here yet. Watch the denoiser with memhook.ModuleAdapter"
+            )
+        fresh = [row for row in self._rows if row.magnitude is not None and row.values is None]
+        if not fresh:
+            return
+        stacked = torch.cat([row.magnitude for row in fresh if row.magnitude is not None]).to("cpu", torch.float32).numpy()
+        checks = [row.same_inputs for row in fresh if row.same_inputs is not None]
+        if checks and not bool(torch.cat(checks).all()):
+            raise GuidanceLayoutError(
+                "the two predictions of an evaluation were made from different noisy samples, so they are not a "
+                "conditional and an unconditional prediction of the same sample. Guidance may be off (scale 1), or the declared layout may be wrong"
+            )
+        position = 0
+        for row in fresh:
+            row.values = stacked[position : position + row.samples]
+            position += row.samples
+
+    def _decided(self) -> tuple[Roles | None, bool, np.ndarray | None]:
+        """The roles: how they were found, whether the first of each pair is conditional, and the guidance scale."""
+        if not self._rows:
+            return None, True, None
+        rows = [row for row in self._rows if row.evidence is not None]
+        for row in rows:
+            first_is_cond, scale = row.evidence.decide()  # type: ignore[union-attr]
+            if first_is_cond is not None:
+                return "fitted", first_is_cond, scale
+        return "assumed" if rows else self._declared, True, None
+
+    def _starts(self) -> list[int]:
+        """Where runs of the sampler start: where the noise level jumps back up to where its run began."""
+        levels = self.timesteps if np.isfinite(self.timesteps).all() else self.sigmas
+        if not len(levels) or not np.isfinite(levels).all():
+            return [0] if self._rows else []
+        rising = len(levels) > 1 and levels[1] > levels[0]  # flow models whose time runs from 0 to 1
+        signed = -levels if rising else levels
+        starts = [0]
+        for index in range(1, len(signed)):
+            if signed[index] >= signed[starts[-1]] and signed[index] > signed[index - 1]:
+                starts.append(index)
+        return starts
+
+
+def prompt_mean(magnitudes: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Mean over the evaluations that are present; a NaN among those stays a NaN."""
+    mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+def _number(value: Tensor | float | None) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, Tensor):
+        return float(value.detach().reshape(-1)[0])
+    return float(value)
+
+
+def _number_by_first_appearance(keys: np.ndarray) -> np.ndarray:
+    seen: dict[int, int] = {}
+    return np.array([seen.setdefault(int(key), len(seen)) for key in keys])
