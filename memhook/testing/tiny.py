@@ -1,16 +1,23 @@
-"""A random UNet with cross-attention, small enough for unit tests, and a guided DDIM-like sampler for it."""
+"""Random UNets with cross-attention, small enough for unit tests, and a guided sampler for them."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+TinyLayout = Literal["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]
+
 
 class TinyUNet(nn.Module):
-    """A two-level UNet: ``unet(sample (b, c, h, w), timestep, encoder_hidden_states (b, l, d)) -> (b, c, h, w)``."""
+    """A two-level UNet: ``unet(sample (b, c, h, w), timestep, encoder_hidden_states (b, l, d)) -> (b, c, h, w)``.
+
+    With ``learned_variance`` it returns twice the channels, of which the first half is the prediction. What the
+    prediction means (noise or velocity) is up to the sampler that calls it.
+    """
 
     def __init__(self, *, channels: int = 4, width: int = 8, text_width: int = 6, learned_variance: bool = False) -> None:
         super().__init__()
@@ -29,9 +36,7 @@ class TinyUNet(nn.Module):
         high = torch.nn.functional.silu(self.enter(sample) + shift)  # (b, width, h, w)
         low = self.down(high)  # (b, width, h/2, w/2)
         tokens = rearrange(low, "b c h w -> b (h w) c")
-        attended = nn.functional.scaled_dot_product_attention(
-            self.query(tokens), self.key(encoder_hidden_states), self.value(encoder_hidden_states)
-        )
+        attended = nn.functional.scaled_dot_product_attention(self.query(tokens), self.key(encoder_hidden_states), self.value(encoder_hidden_states))
         low = low + rearrange(attended, "b (h w) c -> b c h w", h=low.shape[2])
         output: Tensor = self.leave(torch.cat([high, self.up(low)], dim=1))
         return output
@@ -51,22 +56,30 @@ def sample(
     steps: int = 4,
     samples: int = 2,
     guidance_scale: float = 7.5,
-    layout: Literal["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"] = "uncond_first",
+    layout: TinyLayout = "uncond_first",
+    space: Literal["eps", "v"] = "eps",
     cond: Tensor | None = None,
     uncond: Tensor | None = None,
+    noise: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Sample with classifier-free guidance, in the layout asked for; at a scale of 1 or less only the conditional call is made.
 
     Args:
-        unet: Called as ``unet(sample, timestep, embedding)``.
+        unet: Called as ``unet(sample, timestep, embedding)``; channels beyond the sample's (learned variance) are dropped.
         steps: Evaluations.
         samples: Samples ``b``, where ``cond`` is None.
         guidance_scale: Weight ``w`` in ``u + w (c - u)``.
         layout: One batched call or two calls, and their order.
+        space: What the prediction is taken for: the noise, or the velocity of v-prediction.
         cond: Conditional embedding ``(b, l, d)``; random where None.
         uncond: Unconditional embedding ``(b, l, d)``; random, the same for all samples, where None.
-        seed: Of the initial noise and the random embeddings.
+        noise: Initial noise ``(b, c, h, w)``; random where None.
+        seed: Of what is random here.
+
+    >>> import memhook
+    >>> sample(tiny_unet(), samples=3, layout="two_calls_cond_first", space="v").shape
+    torch.Size([3, 4, 8, 8])
     """
     generator = torch.Generator().manual_seed(seed)
     parameter = next(unet.parameters())
@@ -78,20 +91,31 @@ def sample(
         cond = randn(samples, 5, 6)
     if uncond is None:
         uncond = randn(1, 5, 6).expand_as(cond)
-    x = randn(len(cond), 4, 8, 8)
+    x = randn(len(cond), 4, 8, 8) if noise is None else noise.to(parameter)
     for timestep in torch.linspace(999, 1, steps).round():
-        if guidance_scale <= 1:
-            x = x - unet(x, timestep, cond) / steps
-            continue
-        if layout == "uncond_first":
-            u, c = unet(torch.cat([x, x]), timestep, torch.cat([uncond, cond])).chunk(2)
-        elif layout == "cond_first":
-            c, u = unet(torch.cat([x, x]), timestep, torch.cat([cond, uncond])).chunk(2)
-        elif layout == "two_calls_uncond_first":
-            u = unet(x, timestep, uncond)
-            c = unet(x, timestep, cond)
-        else:
-            c = unet(x, timestep, cond)
-            u = unet(x, timestep, uncond)
-        x = x - (u + guidance_scale * (c - u)) / steps
+        predicted = _guided(unet, x, timestep, cond, uncond, guidance_scale, layout)
+        if space == "v":  # to noise, on the cosine schedule
+            angle = float(timestep) / 1000 * math.pi / 2
+            predicted = math.cos(angle) * predicted + math.sin(angle) * x
+        x = x - predicted / steps
     return x
+
+
+def _guided(unet: nn.Module, x: Tensor, timestep: Tensor, cond: Tensor, uncond: Tensor, scale: float, layout: TinyLayout) -> Tensor:
+    def predict(sample: Tensor, embedding: Tensor) -> Tensor:
+        predicted: Tensor = unet(sample, timestep, embedding)[:, : x.shape[1]]
+        return predicted
+
+    if scale <= 1:
+        return predict(x, cond)
+    if layout == "uncond_first":
+        u, c = predict(torch.cat([x, x]), torch.cat([uncond, cond])).chunk(2)
+    elif layout == "cond_first":
+        c, u = predict(torch.cat([x, x]), torch.cat([cond, uncond])).chunk(2)
+    elif layout == "two_calls_uncond_first":
+        u = predict(x, uncond)
+        c = predict(x, cond)
+    else:
+        c = predict(x, cond)
+        u = predict(x, uncond)
+    return u + scale * (c - u)
