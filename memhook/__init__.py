@@ -7,6 +7,7 @@
 The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models*, ICLR 2024.
 """
 
+from memhook.attribution import TokenAttribution, attribute_tokens
 from memhook.calibration import Calibration, calibrate
 from memhook.capture import probe, watch
 from memhook.detection import Detection, detect
@@ -23,7 +24,9 @@ from memhook.errors import (
 )
 from memhook.hookspecs import hookimpl
 from memhook.module import ModuleAdapter
+from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
 from memhook.prediction import Evaluation, magnitude
+from memhook.tokens import Tokens, prompt_tokens
 from memhook.trace import Trace
 
 __version__ = "0.1.0"
@@ -41,12 +44,19 @@ __all__ = [
     "ModuleAdapter",
     "NoAdapterError",
     "NoGuidanceError",
+    "OptimizedEmbedding",
     "ReplayError",
+    "TokenAttribution",
+    "Tokens",
     "Trace",
+    "attribute_tokens",
     "calibrate",
     "detect",
     "hookimpl",
     "magnitude",
+    "optimize_embedding",
+    "per_sample_target",
     "probe",
+    "prompt_tokens",
     "watch",
 ]

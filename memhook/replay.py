@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memhook.checkpointing import checkpointed
 from memhook.errors import ReplayError
 from memhook.tensors import map_tensors, take_rows
 
@@ -65,6 +66,8 @@ class CallRecord:
         module = self._module()
         if module is None:
             raise ReplayError("the model of this captured call was deleted; replay while it is alive")
+        if any(parameter.is_inference() for parameter in module.parameters()):
+            raise ReplayError("the model was made under torch.inference_mode, so no gradient can pass through it; load it outside of that block")
         args = take_rows(self.args, rows, of=self.batch)
         kwargs = take_rows(self.kwargs, rows, of=self.batch)
         # Tensors made under inference_mode may not take part in autograd; a clone made outside may.
@@ -74,7 +77,7 @@ class CallRecord:
         else:
             kwargs = put(kwargs, path, embedding)
         enabled, dtype = self._autocast
-        with _frozen(module), torch.autocast(self._device_type, dtype=dtype, enabled=enabled):
+        with _replayed(module), checkpointed(module, lambda: _replayed(module)), torch.autocast(self._device_type, dtype=dtype, enabled=enabled):
             return module(*args, **kwargs)
 
 
@@ -102,11 +105,7 @@ class Replay:
         return predicted
 
     def _run(self, embedding: Tensor) -> Tensor:
-        token = _replaying.set(True)
-        try:
-            return self._read(self._call.again(self._rows, self._path, embedding.to(self._embedding.dtype)))
-        finally:
-            _replaying.reset(token)
+        return self._read(self._call.again(self._rows, self._path, embedding.to(self._embedding.dtype)))
 
     def _check(self, predicted: Tensor) -> None:
         expected = self._expected.to(predicted.device)
@@ -121,6 +120,17 @@ class Replay:
                 "The model may be in training mode (dropout), keep state between calls (caching), or have changed since; call model.eval() and replay inside the watch"
             )
         self._checked.append(True)
+
+
+@contextlib.contextmanager
+def _replayed(module: nn.Module) -> Iterator[None]:
+    """Calls inside the block are recorded by no watch and leave the parameters alone."""
+    token = _replaying.set(True)
+    try:
+        with _frozen(module):
+            yield
+    finally:
+        _replaying.reset(token)
 
 
 _freeze_lock = threading.Lock()
