@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.errors import CalibrationError, CalibrationMismatchError
-from memhook.fingerprint import same_fingerprint
-from memhook.trace import Trace, prompt_mean
+from memhook.setting import brief, check_setting, compare_settings, first_part, run_setting
+from memhook.trace import Trace, per_prompt, prompt_mean
 
 if TYPE_CHECKING:
+    import os
+
     from numpy.typing import ArrayLike
 
 _FORMAT = "memhook-calibration-1"
 _LARGEST_FILE = 256 * 2**20  # bytes; ten million prompts at one evaluation are 40 MB
-_FINGERPRINTS = ("model", "text_encoder", "text_encoder_2", "text_encoder_3")
-_LATER_ONLY = ("sampler", "guidance_scale")  # fields without influence on the first evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +49,32 @@ class Calibration:
         m = self.magnitudes
         if m.ndim != 2 or len(m) == 0 or m.shape[1] == 0:
             raise CalibrationError(f"the magnitudes have shape {m.shape}; expected (prompts, evaluations), both at least 1")
-        if self.first is not None and not 1 <= self.first <= m.shape[1]:
+        if self.first is not None and not (1 <= self.first <= m.shape[1] or (self._bare and self.first >= 1)):
             raise CalibrationError(f"first is {self.first}; expected 1 to {m.shape[1]}, the evaluations at hand, or None for all")
         bad = np.flatnonzero(~np.isfinite(self.scores))
         if len(bad):
             raise CalibrationError(
-                f"the scores of {len(bad)} of {len(m)} prompts are not finite (the first is number {bad[0]}); a prediction was NaN or infinite. Leave these prompts out, or run the model in a wider dtype"
+                f"the scores of {len(bad)} of {len(m)} prompts are not finite (the first is number {bad[0]}); a prediction was NaN or infinite. "
+                "Leave these prompts out, or run the model in a wider dtype"
             )
+
+    @property
+    def _bare(self) -> bool:
+        """Made of scores rather than of traces; what they average is known to the user alone."""
+        return not self.setting and self.magnitudes.shape[1] == 1
 
     @property
     def scores(self) -> np.ndarray:
         """``(n,)`` float32: the clean prompts' scores."""
-        used = self.magnitudes[:, : self.first]
-        present = ~np.isnan(used).all(axis=0)
+        present = self._present()
         if not present.any():
-            raise CalibrationError(f"none of the first {used.shape[1]} evaluations had an unconditional prediction; use more of them")
-        return prompt_mean(used.T, present)
+            raise CalibrationError(f"none of the first {len(present)} evaluations had an unconditional prediction; use more of them")
+        return prompt_mean(self.magnitudes[:, : self.first].T, present)
+
+    def _present(self) -> np.ndarray:
+        """``(first,)`` bool: the evaluations that had an unconditional prediction."""
+        present: np.ndarray = ~np.isnan(self.magnitudes[:, : self.first]).all(axis=0)
+        return present
 
     def __len__(self) -> int:
         return len(self.magnitudes)
@@ -85,7 +95,8 @@ class Calibration:
         Returns:
             An array of the same shape; NaN where a score is not finite.
         """
-        values = np.asarray(scores, np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, hence NaN below
+            values = np.asarray(scores).astype(np.float32)
         ordered = np.sort(self.scores)
         at_least = len(ordered) - np.searchsorted(ordered, values, side="left")
         return np.where(np.isfinite(values), (1 + at_least) / (len(ordered) + 1), np.nan)
@@ -105,18 +116,14 @@ class Calibration:
         if not 0 < fpr < 1:
             raise CalibrationError(f"fpr is {fpr}; expected a rate between 0 and 1, such as 0.01")
         n = len(self)
-        if confidence is None:
-            rank = math.floor((n + 1) * fpr + 1e-9)
-            needed = math.ceil(1 / fpr - 1e-9) - 1
-        else:
-            if not 0 < confidence < 1:
-                raise CalibrationError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
-            rank = _largest_safe_rank(n, fpr, confidence)
-            needed = math.ceil(math.log(1 - confidence) / math.log(1 - fpr))
+        if confidence is not None and not 0 < confidence < 1:
+            raise CalibrationError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
+        rank = _largest_rank(n, fpr) if confidence is None else _largest_safe_rank(n, fpr, confidence)
         if rank < 1:
+            sure = "" if confidence is None else f" with {confidence:.4g} confidence"
+            needed = _fewest(fpr, confidence)
             raise CalibrationError(
-                f"{n} calibration prompts cannot give a false-positive rate of {fpr:g}"
-                f"{'' if confidence is None else f' with {confidence:.0%} confidence'}; calibrate with at least {needed}, or raise fpr"
+                f"{n} calibration prompts cannot give a false-positive rate of {fpr:g}{sure}; calibrate with at least {needed:,}, or raise fpr"
             )
         return float(np.sort(self.scores)[::-1][rank - 1])
 
@@ -125,15 +132,27 @@ class Calibration:
         if not self.setting:
             return
         compare_settings(self.setting, run_setting(trace), first=self.first)
+        evaluations = self.magnitudes.shape[1]
+        if self.first is None and len(trace) != evaluations:
+            raise CalibrationMismatchError(
+                f"the number of evaluations differs: the calibration was made with {evaluations}, this run has {len(trace)}. "
+                "Use the same number of steps, or a calibration for the first few (Calibration.using)"
+            )
+        expected, seen = self._present(), trace.has_guidance[: self.first]
+        if not np.array_equal(expected, seen):
+            raise CalibrationMismatchError(
+                f"the guided evaluations differ: in the calibration {brief(np.flatnonzero(expected).tolist())} had an unconditional prediction, "
+                f"in this run {brief(np.flatnonzero(seen).tolist())}. Guide the same part of the run, or calibrate again"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file: the magnitudes, and the setting as JSON metadata. Replaces the file at once."""
         from safetensors.numpy import save
 
         target = Path(path)
-        about = {"format": _FORMAT, "first": self.first, "setting": dict(self.setting)}
+        about = {"format": _FORMAT, "first": None if self.first is None else int(self.first), "setting": dict(self.setting)}
         data = save({"magnitudes": np.ascontiguousarray(self.magnitudes, np.float32)}, metadata={"memhook": json.dumps(about, sort_keys=True)})
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.write_bytes(data)
             temporary.replace(target)
@@ -147,28 +166,32 @@ class Calibration:
         Raises:
             CalibrationError: The file is missing, damaged, or not a calibration.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         source = Path(path)
+        if not source.is_file():
+            raise CalibrationError(f"there is no calibration file {source}; make one with `memhook calibrate` or Calibration.save")
+        size = source.stat().st_size
+        if size > _LARGEST_FILE:
+            raise CalibrationError(f"{source} has {size:,} bytes; a calibration has at most {_LARGEST_FILE:,}")
         try:
-            if not source.is_file():
-                raise CalibrationError(f"there is no calibration file {source}; make one with `memhook calibrate` or Calibration.save")
-            if source.stat().st_size > _LARGEST_FILE:
-                raise CalibrationError(f"{source} has {source.stat().st_size:,} bytes; a calibration has at most {_LARGEST_FILE:,}")
             with safe_open(source, framework="numpy") as file:
                 about = json.loads((file.metadata() or {}).get("memhook", "null"))
-                if not isinstance(about, dict) or about.get("format") != _FORMAT:
-                    raise CalibrationError(f"{source} is a safetensors file, but not a calibration of the format {_FORMAT}")
-                magnitudes = file.get_tensor("magnitudes")
-            first, setting = about.get("first"), about.get("setting")
-            if magnitudes.dtype != np.float32 or not isinstance(setting, dict) or not (first is None or type(first) is int):
-                raise CalibrationError(f"{source} is damaged: its magnitudes are {magnitudes.dtype}, its setting a {type(setting).__name__}, first={first!r}")
-            return Calibration(magnitudes, first, setting)
-        except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
-            raise CalibrationError(f"{source} cannot be read as a calibration: {error}") from error
+                magnitudes = file.get_tensor("magnitudes") if isinstance(about, dict) and about.get("format") == _FORMAT else None
+        except Exception as error:  # an untrusted file: whatever its readers raise, it cannot be read
+            raise CalibrationError(f"{source} cannot be read as a calibration: {type(error).__name__}: {error}") from error
+        if magnitudes is None:
+            raise CalibrationError(f"{source} is a safetensors file, but not a calibration of the format {_FORMAT}")
+        first, setting = about.get("first"), about.get("setting")
+        if magnitudes.dtype != np.float32 or not isinstance(setting, dict) or not (first is None or type(first) is int):
+            raise CalibrationError(
+                f"{source} is damaged: its magnitudes are {magnitudes.dtype}, its setting is {brief(setting)} and first is {brief(first)}"
+            )
+        check_setting(setting)
+        return Calibration(magnitudes, first, setting)
 
 
-def calibrate(traces_or_scores: Sequence[Trace] | Trace | ArrayLike, *, first: int | None = None) -> Calibration:
+def calibrate(traces_or_scores: Iterable[Trace] | Trace | ArrayLike, *, first: int | None = None) -> Calibration:
     """Calibrate the score on prompts known not to be memorized.
 
     Args:
@@ -180,88 +203,51 @@ def calibrate(traces_or_scores: Sequence[Trace] | Trace | ArrayLike, *, first: i
         CalibrationError: Nothing was given, scores are not finite, or the traces differ in their setting.
     """
     if isinstance(traces_or_scores, Trace):
-        traces_or_scores = [traces_or_scores]
-    if isinstance(traces_or_scores, Sequence) and traces_or_scores and isinstance(traces_or_scores[0], Trace):
-        return _from_traces([trace for trace in traces_or_scores if isinstance(trace, Trace)], first)
-    scores = np.asarray(traces_or_scores, np.float32)
+        return _from_traces([traces_or_scores], first)
+    items: Any = traces_or_scores
+    if isinstance(items, Iterable) and not hasattr(items, "__array__"):
+        items = list(items)
+        traces = [item for item in items if isinstance(item, Trace)]
+        if traces and len(traces) < len(items):
+            raise CalibrationError(f"{len(traces)} of {len(items)} items are traces and the others are not; expected traces, or scores")
+        if traces:
+            return _from_traces(traces, first)
+    try:
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
+            scores = np.asarray(items).astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"these are not scores: {error}; expected traces, or one number a clean prompt") from error
     if scores.ndim != 1 or len(scores) == 0:
         raise CalibrationError(f"the scores have shape {scores.shape}; expected one score a clean prompt, (n,), at least one")
     return Calibration(scores[:, None], first)
 
 
 def _from_traces(traces: list[Trace], first: int | None) -> Calibration:
-    setting = run_setting(traces[0])
-    rows = []
-    for number, trace in enumerate(traces):
+    settings = [run_setting(trace) for trace in traces]
+    # Runs that are alike up to `first` only are good for a score over these, and what came later is left out.
+    kept = None if _first_difference(traces, settings, None) is None else first
+    error = _first_difference(traces, settings, kept)
+    if error is not None:
+        raise error
+    rows = [per_prompt(trace.used(kept), trace.groups) for trace in traces]
+    return Calibration(np.concatenate(rows), first, first_part(settings[0], kept))
+
+
+def _first_difference(traces: list[Trace], settings: list[dict[str, Any]], first: int | None) -> CalibrationError | None:
+    for number, (trace, setting) in enumerate(zip(traces, settings, strict=True)):
         try:
-            compare_settings(setting, run_setting(trace), first=first)
+            compare_settings(settings[0], setting, first=first)
         except CalibrationMismatchError as error:
-            raise CalibrationError(f"trace {number} was recorded in another setting than trace 0: {error}") from error
-        rows.append(per_prompt(trace.used(None), trace.groups))
-    return Calibration(np.concatenate(rows), first, setting)
+            return CalibrationError(f"trace {number} was recorded in another setting than trace 0: {error}")
+        if first is None and len(trace) != len(traces[0]):
+            return CalibrationError(f"trace {number} has {len(trace)} evaluations and trace 0 {len(traces[0])}; use as many steps for every prompt")
+    return None
 
 
-def per_prompt(magnitudes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Average ``(s, b)`` magnitudes over each prompt's samples: ``(prompts, s)``."""
-    return np.stack([magnitudes[:, groups == group].mean(axis=1, dtype=np.float64) for group in range(groups.max() + 1)]).astype(np.float32)
-
-
-def run_setting(trace: Trace) -> dict[str, Any]:
-    """The setting of a recorded run: what the adapter describes, and what can be read off the trace."""
-    counts = np.bincount(trace.groups)
-    if len(set(counts)) != 1:
-        raise CalibrationError(f"the prompts of this trace have {sorted(set(counts.tolist()))} samples; a score needs the same number for each")
-    scale = trace.guidance_scale
-    found = {
-        **trace.setting,
-        "shape": list(trace.shape) if trace.shape is not None else None,
-        "timesteps": _known(trace.timesteps),
-        "sigmas": _known(trace.sigmas),
-        "images_per_prompt": int(counts[0]),
-        "guidance_scale": None if scale is None else float(f"{np.nanmedian(scale):.3g}"),
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _known(levels: np.ndarray) -> list[float] | None:
-    """Noise levels as JSON numbers; None where the host does not count in this unit."""
-    return [float(f"{level:.6g}") for level in levels.tolist()] if np.isfinite(levels).all() else None
-
-
-def compare_settings(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first: int | None) -> None:
-    """Raise `CalibrationMismatchError` naming the first field that differs, and both values.
-
-    Fields that only one side knows are not compared.
-    """
-    for key in calibrated.keys() & seen.keys():
-        expected, value = calibrated[key], seen[key]
-        if first == 1 and key in _LATER_ONLY:
-            continue
-        if key in _FINGERPRINTS:
-            if not same_fingerprint(expected, value):
-                raise CalibrationMismatchError(
-                    f"the {key} differs: the calibration was made with {_brief(expected)}, this run used {_brief(value)}. Calibrate again with this {key.replace('_', ' ')}"
-                )
-            continue
-        if key in ("timesteps", "sigmas"):
-            expected, value = expected[:first], value[:first]
-            same = len(expected) == len(value) and np.allclose(expected, value, rtol=1e-3, atol=1e-6)
-        elif key == "guidance_scale":
-            same = math.isclose(expected, value, rel_tol=0.02)
-        else:
-            same = expected == value
-        if not same:
-            raise CalibrationMismatchError(
-                f"{key} differs: the calibration was made with {_brief(expected)}, this run used {_brief(value)}. Run with the calibration's setting, or calibrate again with this one"
-            )
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Mapping) and "structure" in value:
-        return f"fingerprint {value['structure']} / {hash(tuple(value['values'])) & 0xFFFF:04x}"
-    if isinstance(value, list) and len(value) > 4:
-        return f"[{', '.join(map(str, value[:3]))}, ... {value[-1]}] ({len(value)})"
-    return repr(value)
+def _largest_rank(n: int, fpr: float) -> int:
+    """The largest k with ``k / (n + 1) <= fpr``, to the last bit as the p-values are computed."""
+    rank = math.floor((n + 1) * fpr)
+    return next(k for k in (rank + 1, rank, rank - 1) if k / (n + 1) <= fpr)
 
 
 def _largest_safe_rank(n: int, fpr: float, confidence: float) -> int:
@@ -270,6 +256,13 @@ def _largest_safe_rank(n: int, fpr: float, confidence: float) -> int:
         from scipy.stats import beta
     except ImportError as error:
         raise CalibrationError("a threshold with confidence needs scipy; install the extra `eval`") from error
-    ranks = np.arange(1, math.floor((n + 1) * fpr) + 1)
+    ranks = np.arange(1, _largest_rank(n, fpr) + 1)
     safe = ranks[beta.ppf(confidence, ranks, n + 1 - ranks) <= fpr] if len(ranks) else ranks
     return int(safe.max()) if len(safe) else 0
+
+
+def _fewest(fpr: float, confidence: float | None) -> int:
+    """The least number of calibration prompts for which there is a threshold."""
+    fewest = math.ceil(1 / fpr) - 1
+    fewest = next(n for n in range(max(1, fewest - 1), fewest + 3) if _largest_rank(n, fpr) >= 1)
+    return fewest if confidence is None else max(fewest, math.ceil(math.log1p(-confidence) / math.log1p(-fpr)))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from memhook.detection import Detection
 from memhook.errors import MemhookError, MemorizationDetectedError
-from memhook.hookspecs import Adapter
 from memhook.plugins import find_adapter
-from memhook.prediction import Evaluation
 from memhook.replay import replaying
 from memhook.trace import Row, Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memhook.detection import Detection
+    from memhook.hookspecs import Adapter
+    from memhook.prediction import Evaluation
 
 # The watches that the current thread or task is inside of. A context variable, because a hook on a module sees the calls
 # of every thread: only calls made from inside a watch's own block may be recorded by it.
@@ -88,6 +91,7 @@ def watch(
     if keep not in ("scalars", "calls"):
         raise MemhookError(f'keep is {keep!r}; expected "scalars" or "calls"')
     adapter = adapter if adapter is not None else find_adapter(target)
+    del target  # the block must not keep it alive
     trace = Trace(host=adapter.host, keep_evaluations=keep == "calls", describe=adapter.describe)
     watcher = _Watcher(trace, keep_calls=keep == "calls", on_evaluation=on_evaluation, stop_when=stop_when)
     with adapter.attach(watcher):
@@ -109,7 +113,7 @@ def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, ad
         target: What to watch, as in `watch`.
         run: Starts the sampler, such as ``lambda: pipeline("a prompt", generator=...)``. It is interrupted by an exception
             once enough was seen (its result is lost), and returns by itself if it ends earlier.
-        evaluations: How many evaluations to see; 1 or more.
+        evaluations: How many evaluations to see; 1 or more. Those without an unconditional prediction count too.
         adapter: As in `watch`.
 
     Returns:
@@ -124,6 +128,6 @@ def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, ad
         if next(seen) >= evaluations:
             raise _EnoughSeen
 
-    with watch(target, adapter=adapter, keep="calls", on_evaluation=stop_in_time) as trace, contextlib.suppress(_EnoughSeen):
+    with contextlib.suppress(_EnoughSeen), watch(target, adapter=adapter, keep="calls", on_evaluation=stop_in_time) as trace:
         run()
     return trace

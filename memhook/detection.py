@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.errors import CalibrationMismatchError
+from memhook.trace import per_prompt, prompt_mean
 
 if TYPE_CHECKING:
     from memhook.calibration import Calibration
@@ -42,15 +42,16 @@ class Detection:
         raise TypeError("a Detection holds a verdict for each prompt; ask detection.memorized.any() or detection.memorized[i]")
 
     def __str__(self) -> str:
-        flagged, count = int(self.memorized.sum()), len(self.scores)
+        flagged, unsure, count = int(self.memorized.sum()), int(self.undecided.sum()), len(self.scores)
         rate = f"at a false-positive rate of {self.fpr:g} (calibrated on {self.calibration_size} clean prompts)"
-        unsure = int(self.undecided.sum())
         undecided = f"; {unsure} undecided, since a prediction was NaN or infinite" if unsure else ""
+        if unsure == count:
+            return f"undecided: all of {count} prompts had a prediction that was NaN or infinite"
         if not flagged:
-            return f"none of {count} prompts looks memorized {rate}{undecided}"
+            return f"none of {count - unsure} prompts looks memorized {rate}{undecided}"
         worst = int(np.argmax(np.where(self.memorized, self.scores, -np.inf)))
         return (
-            f"{flagged} of {count} prompts looks memorized {rate}{undecided}: "
+            f"{flagged} of {count} prompts {'look' if flagged > 1 else 'looks'} memorized {rate}{undecided}: "
             f"prompt {worst} scores {self.scores[worst]:.3g}, threshold {self.threshold:.3g}, p = {self.p_values[worst]:.2g}"
         )
 
@@ -68,22 +69,12 @@ def detect(trace: Trace, calibration: Calibration, *, fpr: float = 0.01) -> Dete
         CalibrationError: The calibration has too few prompts for this rate.
         NoGuidanceError: The run had no unconditional prediction.
     """
-    from memhook.calibration import per_prompt
-
     threshold = calibration.threshold(fpr)
-    first = calibration.first
-    if first is None and len(trace) != calibration.magnitudes.shape[1] and calibration.setting:
-        raise CalibrationMismatchError(
-            f"the number of evaluations differs: the calibration was made with {calibration.magnitudes.shape[1]}, this run has {len(trace)}. "
-            "Use the same number of steps, or a calibration for the first few (Calibration.using)"
-        )
+    used = trace.used(calibration.first)
     calibration.check(trace)
-    used = trace.used(first)
-    present = trace.has_guidance[: len(used)]
     groups = trace.groups
-    scores = per_prompt(used[present].mean(axis=0, keepdims=True, dtype=np.float64), groups)[:, 0]
-    p_values = calibration.p_value(scores)
+    # In the order in which the calibration averages, so that a score equal to a calibration score is equal to the last bit.
+    scores = prompt_mean(per_prompt(used, groups).T, trace.has_guidance[: len(used)])
     undecided = ~np.isfinite(scores)
-    with np.errstate(invalid="ignore"):
-        memorized = (scores > threshold) & ~undecided
-    return Detection(scores, p_values, memorized, undecided, fpr, threshold, groups, len(calibration))
+    memorized = (scores > threshold) & ~undecided
+    return Detection(scores, calibration.p_value(scores), memorized, undecided, fpr, threshold, groups, len(calibration))

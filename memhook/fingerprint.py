@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memhook.errors import MemhookError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _VALUES = 128
 
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> dict[str, Any]:
-    """What identifies a model: ``structure`` (SHA-256 of sorted parameter names and shapes) and ``values`` (a sample).
+    """What identifies a model: ``structure`` (SHA-256 of sorted parameter names and shapes), ``values`` (a sample), ``dtype``.
 
-    The dtype is left out of the hash on purpose, so that one calibration serves a model in float32 and float16; the
-    sampled values are compared with the tolerance of bfloat16. Parameters without storage (offloaded to disk) are
-    not sampled.
+    The dtype is no part of the structure, so that one calibration serves a model in float32 and float16. Values of parameters
+    without storage (offloaded to disk) are None.
     """
     parameters = sorted(module.named_parameters(), key=lambda item: item[0])
     digest = hashlib.sha256()
     for name, parameter in parameters:
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-    usable = [p for _, p in parameters if p.is_floating_point() and p.numel() > 0 and p.device.type != "meta"]
-    stride = max(1, len(usable) // _VALUES)
-    sampled = [p.reshape(-1)[p.numel() // 3].float().cpu() for p in usable[::stride]][:_VALUES]
-    values = torch.stack(sampled).tolist() if sampled else []
-    return {"structure": digest.hexdigest()[:16], "values": [float(f"{value:.6g}") for value in values]}
+    usable = [p for _, p in parameters if p.is_floating_point() and p.numel() > 0]
+    chosen = usable[:: max(1, len(usable) // _VALUES)][:_VALUES]
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in usable}
+    return {"structure": digest.hexdigest()[:16], "values": [_sample(p) for p in chosen], "dtype": ", ".join(sorted(dtypes))}
+
+
+def _sample(parameter: Tensor) -> float | None:
+    if parameter.device.type == "meta":
+        return None
+    return float(f"{float(parameter.reshape(-1)[parameter.numel() // 3]):.6g}")
 
 
 def same_fingerprint(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of the same model, up to the rounding of half precision."""
-    if first["structure"] != second["structure"]:
+    """Whether two fingerprints are of the same model; in two dtypes, up to the rounding of half precision."""
+    if first["structure"] != second["structure"] or len(first["values"]) != len(second["values"]):
         return False
-    a, b = torch.tensor(first["values"]), torch.tensor(second["values"])
-    return a.shape == b.shape and bool(torch.isclose(a, b, rtol=8e-3, atol=1e-6).all())
+    rtol, atol = (1e-5, 1e-12) if first.get("dtype") == second.get("dtype") else (8e-3, 1e-6)
+    known = [(a, b) for a, b in zip(first["values"], second["values"], strict=True) if a is not None and b is not None]
+    return all(math.isclose(a, b, rel_tol=rtol, abs_tol=atol) or (math.isnan(a) and math.isnan(b)) for a, b in known)
+
+
+def is_fingerprint(value: object) -> bool:
+    """Whether a value read from a file has the form of a fingerprint."""
+    if not isinstance(value, dict) or not isinstance(value.get("structure"), str) or not isinstance(value.get("values"), list):
+        return False
+    return all(number is None or type(number) in (int, float) for number in value["values"])
 
 
 class Fingerprinted:
@@ -53,6 +68,8 @@ class Fingerprinted:
         for name, reference in self._modules.items():
             module = reference()
             if module is None:
-                raise MemhookError(f"the {name} of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is alive")
+                raise MemhookError(
+                    f"the {name} of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is alive"
+                )
             found[name] = fingerprint(module)
         return found

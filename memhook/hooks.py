@@ -21,16 +21,22 @@ def hook_calls(module: nn.Module, on_call: OnCall) -> Iterator[None]:
     other. Hooks are state of the module, so every thread's calls arrive here; the caller has to tell them apart.
     """
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with torch.no_grad():
-            on_call(module, args, kwargs, output)
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        # torch keeps the note that a hook wants keywords in a table of its own. A call that another thread, or another
+        # hook, makes while this one is being added or removed comes without them; it is not a call of this block.
+        if len(rest) == 2:
+            kwargs, output = rest
+            with torch.no_grad():
+                on_call(module, args, kwargs, output)
 
     # Dynamo would compile the hook into the graph and recompile at every call, since it keeps state; the function itself
     # must carry the mark (a function that calls a disabled one breaks the graph). Marking imports Dynamo, which takes
-    # seconds, and nothing can have been compiled where it is not loaded yet. torch 2.13.
+    # seconds, and nothing can have been compiled where it is not loaded yet; a process whose very first compilation is
+    # made inside the block gets right numbers, but recompiles up to Dynamo's limit. torch 2.13.
     if "torch._dynamo" in sys.modules:
-        hook = torch.compiler.disable(hook)
+        hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     handle = module.register_forward_hook(hook, with_kwargs=True)
+    del module  # the block must not keep it alive
     try:
         yield
     finally:

@@ -6,13 +6,14 @@ of the denoiser into `Evaluation` objects and hands them to a `Watcher`. ``adapt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
     from memhook.prediction import Evaluation
     from memhook.trace import Row
 
@@ -55,7 +56,7 @@ class Adapter(Protocol):
 
 
 @hookspec
-def memhook_adapt(target: object) -> Adapter | None:  # type: ignore[empty-body]
+def memhook_adapt(target: object) -> Adapter | None:
     """Offer an adapter for ``target``, or None if this plugin does not know its kind.
 
     Be strict: two plugins that claim one target are an error. Find the host through ``sys.modules`` instead of importing it.

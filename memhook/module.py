@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any, Literal, get_args
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from memhook.errors import GuidanceLayoutError, MemhookError
 from memhook.fingerprint import Fingerprinted
 from memhook.hooks import hook_calls
-from memhook.hookspecs import Watcher
-from memhook.pairs import PairRecorder, Prediction, find_timestep, read_output, split_call
+from memhook.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.prediction import SPACES, Space
-from memhook.replay import Path
+from memhook.tensors import copy_of, version
 from memhook.trace import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from memhook.hookspecs import Watcher
+    from memhook.replay import Path
 
 Layout = Literal["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]
 _UNCOND_FIRST = ("uncond_first", "two_calls_uncond_first")
@@ -29,9 +34,13 @@ class ModuleAdapter:
       that begins with one, or an object with ``.sample``, of shape ``(batch, ...)``.
     * ``layout`` says what a guided evaluation is: one call on a batch of ``2 b`` rows, whose first half is unconditional
       (``"uncond_first"``) or conditional (``"cond_first"``); or two calls on ``b`` rows each, in the order named.
+    * Where the output has twice the sample's channels, the second half of them is a learned variance (as in DiT), and no
+      part of the prediction.
+    * Guidance may be off for a part of a run; those evaluations are missing (NaN). The calls of runs with different numbers
+      of samples cannot always be told apart: watch each such run in a block of its own.
 
     Args:
-        module: The denoiser.
+        module: The denoiser; not kept alive by the adapter.
         layout: How guided calls are laid out.
         embedding: Where the text embedding stands among the arguments: a keyword, a position, or a tuple of keys into
             nested arguments, such as ``("conditioning", "text")``. Found by its usual names where None.
@@ -50,13 +59,18 @@ class ModuleAdapter:
     host = "module"
 
     def __init__(self, module: nn.Module, *, layout: Layout, embedding: str | int | Path | None = None, space: Space = "eps") -> None:
+        if not isinstance(module, nn.Module):
+            raise MemhookError(f"the denoiser is a {type(module).__name__}; expected the torch.nn.Module that the sampler calls")
         if layout not in get_args(Layout):
             raise MemhookError(f"layout is {layout!r}; expected one of {', '.join(get_args(Layout))}")
         if space not in SPACES:
             raise MemhookError(f"space is {space!r}; expected one of {', '.join(SPACES)}")
         if isinstance(module, nn.DataParallel):
-            raise MemhookError("a DataParallel module runs its replicas in other threads, where calls cannot be assigned to a watch; watch module.module on one device")
-        self._module: nn.Module = module
+            raise MemhookError(
+                "a DataParallel module runs its replicas in other threads, where calls cannot be assigned to a watch; "
+                "watch module.module on one device"
+            )
+        self._module = weakref.ref(module)
         self._fingerprint = Fingerprinted({"model": module})
         self._layout: Layout = layout
         self._path: Path | None = embedding if isinstance(embedding, tuple) or embedding is None else (embedding,)
@@ -64,59 +78,148 @@ class ModuleAdapter:
 
     @contextlib.contextmanager
     def attach(self, watcher: Watcher) -> Iterator[None]:
-        recorder = PairRecorder()
-        waiting: list[Prediction] = []
-        seen: list[int] = []  # samples of guided evaluations so far
-
-        def emit(first: Prediction, second: Prediction, timestep: Tensor | float | None) -> None:
-            cond, uncond = (second, first) if self._layout in _UNCOND_FIRST else (first, second)
-            row = recorder.row(cond, uncond, timestep=timestep)
-            evaluation = recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep)
-            seen.append(cond.values.shape[0])
-            if watcher.wants_evaluations and row.same_inputs is not None and not bool(row.same_inputs.all()):
-                raise GuidanceLayoutError(
-                    f"the two predictions of {seen[-1]} samples were made from different noisy samples; layout={self._layout!r} does not fit the calls"
-                )
-            watcher.emit(evaluation, row)
-
-        def missing(prediction: Prediction, timestep: Tensor | float | None) -> None:
-            watcher.missing("the denoiser was called without an unconditional half")
-            evaluation = recorder.evaluation(prediction, prediction, space=self._space, roles="declared", timestep=timestep)
-            watcher.emit(replace(evaluation, pred_uncond=None), Row(None, timestep, shape=tuple(prediction.values.shape[1:])))
-
-        def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not watcher.listening:
-                return
-            timestep = find_timestep(args, kwargs)
-            batch = read_output(output).shape[0]
-            keep = watcher.wants_evaluations
-            if self._layout.startswith("two_calls"):
-                waiting.extend(split_call(module, args, kwargs, output, chunks=1, keep=keep, path=self._path))
-                if len(waiting) == 2:
-                    first, second = waiting
-                    waiting.clear()
-                    if first.values.shape != second.values.shape:
-                        raise GuidanceLayoutError(
-                            f"two calls in a row returned {tuple(first.values.shape)} and {tuple(second.values.shape)}; layout={self._layout!r} "
-                            "expects pairs of equal shape. Guidance may be off, or the calls batched"
-                        )
-                    emit(first, second, timestep)
-            elif batch % 2 == 0 and not (seen and batch == seen[-1]):
-                first, second = split_call(module, args, kwargs, output, chunks=2, keep=keep, path=self._path)
-                emit(first, second, timestep)
-            elif seen and batch == seen[-1]:  # guidance switched off for a part of the run
-                missing(split_call(module, args, kwargs, output, chunks=1, keep=keep, path=self._path)[0], timestep)
-            else:
-                raise GuidanceLayoutError(
-                    f"the denoiser returned a batch of {batch}, shape {tuple(read_output(output).shape)}; layout={self._layout!r} expects two halves. "
-                    'Guidance may be off (use a scale above 1), or the host makes two calls (layout="two_calls_cond_first")'
-                )
-
-        with hook_calls(self._module, on_call):
+        module = self._module()
+        if module is None:
+            raise MemhookError("the module of this adapter was deleted before it was watched; make an adapter for the module that runs")
+        run = _Run(watcher, layout=self._layout, path=self._path, space=self._space)
+        with hook_calls(module, run.on_call):
+            del module  # the block must not keep it alive
             yield
-        if waiting:
-            watcher.missing(f"layout={self._layout!r} expects pairs of calls, but the number of calls was odd")
+        run.end()
 
     def describe(self) -> Mapping[str, Any]:
         return self._fingerprint.describe()
 
+
+class _Run:
+    """Makes evaluations of the calls inside one watch."""
+
+    def __init__(self, watcher: Watcher, *, layout: Layout, path: Path | None, space: Space) -> None:
+        self._watcher, self._layout, self._path, self._space = watcher, layout, path, space
+        self._recorder = PairRecorder()
+        self._samples: int | None = None  # of the latest guided evaluation
+        self._waiting: tuple[Prediction, _Moment] | None = None  # the first of two calls
+        self._one_sample: bool | None = None  # whether both calls of all pairs so far were given one and the same tensor
+
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._watcher.listening:
+            return
+        timestep, sample = find_timestep(args, kwargs), find_sample(args, kwargs)
+        values = read_output(output)
+        channels = _channels(values, sample)
+
+        def split(chunks: int) -> list[Prediction]:
+            keep = self._watcher.wants_evaluations
+            return split_call(module, args, kwargs, output, chunks=chunks, keep=keep, path=self._path, channels=channels)
+
+        if self._layout.startswith("two_calls"):
+            self._one_of_two(split(1)[0], _Moment.of(sample, timestep))
+        elif values.shape[0] % 2:
+            reason = f"the denoiser was given a batch of {values.shape[0]}, where layout={self._layout!r} expects two halves"
+            self._unguided(split(1)[0], timestep, f'{reason} (for a host that makes two calls, say layout="two_calls_cond_first" or the like)')
+        elif values.shape[0] == self._samples:
+            self._as_many_as_samples(split(1)[0], split(2), timestep)
+        else:
+            first, second = split(2)
+            self._guided(first, second, timestep)
+
+    def end(self) -> None:
+        """The block ended normally."""
+        if self._waiting is not None:
+            self._stood_alone(*self._waiting)
+
+    def _guided(self, first: Prediction, second: Prediction, timestep: Tensor | float | None) -> None:
+        cond, uncond = (second, first) if self._layout in _UNCOND_FIRST else (first, second)
+        row = self._recorder.row(cond, uncond, timestep=timestep)
+        self._samples = cond.values.shape[0]
+        if self._watcher.wants_evaluations and row.same_inputs is not None and not bool(row.same_inputs.all()):
+            raise GuidanceLayoutError(
+                f"the two predictions of {self._samples} samples were made from different noisy samples; layout={self._layout!r} does not fit "
+                "the calls, or guidance is off (use a scale above 1)"
+            )
+        self._watcher.emit(self._recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep), row)
+
+    def _unguided(self, prediction: Prediction, timestep: Tensor | float | None, reason: str, refuted: tuple[Tensor, str] | None = None) -> None:
+        self._watcher.missing(reason)
+        evaluation = self._recorder.evaluation(prediction, prediction, space=self._space, roles="declared", timestep=timestep)
+        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), refuted=refuted)
+        self._watcher.emit(replace(evaluation, pred_uncond=None), row)
+
+    def _as_many_as_samples(self, whole: Prediction, halves: list[Prediction], timestep: Tensor | float | None) -> None:
+        """A batch of as many rows as there were samples before: guidance was switched off, unless its halves are equal."""
+        doubled, refuted = same_samples(*halves), None
+        if doubled is not None:
+            batch = whole.values.shape[0]
+            message = (
+                f"a batch of {batch} rows came after guided ones of {2 * batch}, so it was taken for {batch} samples without guidance; yet its "
+                f"halves are equal, as of a guided run of {batch // 2} samples. Watch runs with other numbers of samples in blocks of their own"
+            )
+            refuted = doubled.all(), message
+            if self._watcher.wants_evaluations and bool(refuted[0]):
+                raise GuidanceLayoutError(message)
+        self._unguided(whole, timestep, "the denoiser was called without an unconditional half", refuted)
+
+    def _one_of_two(self, prediction: Prediction, moment: _Moment) -> None:
+        if self._waiting is not None and self._another_evaluation(*self._waiting, prediction, moment):
+            self._stood_alone(*self._waiting)
+            self._waiting = None
+        if self._waiting is None:
+            self._waiting = _held(prediction), moment
+            return
+        (first, began), self._waiting = self._waiting, None
+        self._one_sample = moment.same_sample(began) and self._one_sample is not False
+        self._guided(first, prediction, moment.timestep)
+
+    def _another_evaluation(self, first: Prediction, began: _Moment, prediction: Prediction, moment: _Moment) -> bool:
+        """Whether a call cannot belong with the one before it, as far as can be told without waiting for the device."""
+        if first.values.shape != prediction.values.shape:
+            return True
+        if began.level is not None and moment.level is not None and began.level != moment.level:
+            return True
+        return bool(self._one_sample) and not moment.same_sample(began)
+
+    def _stood_alone(self, first: Prediction, began: _Moment) -> None:
+        reason = f"a call of the denoiser stood alone, where layout={self._layout!r} expects pairs"
+        self._unguided(first, began.timestep, f'{reason} (for a host that batches both halves, say layout="uncond_first" or "cond_first")')
+
+
+@dataclass(frozen=True, eq=False)
+class _Moment:
+    """What tells the calls of one evaluation from those of the next, read without waiting for the device."""
+
+    timestep: Tensor | float | None
+    level: float | None  # the timestep as a number, where that is known
+    sample: weakref.ref[Tensor] | None
+    version: int | None
+
+    @staticmethod
+    def of(sample: Tensor | None, timestep: Tensor | float | None) -> _Moment:
+        level = None
+        if isinstance(timestep, Tensor):
+            timestep = timestep.detach().clone()  # hosts may count down in place
+            level = float(timestep.reshape(-1)[0]) if timestep.device.type == "cpu" and timestep.numel() else None
+        elif timestep is not None:
+            level = float(timestep)
+        if sample is None:
+            return _Moment(timestep, level, None, None)
+        return _Moment(timestep, level, weakref.ref(sample), version(sample))
+
+    def same_sample(self, other: _Moment) -> bool:
+        if self.sample is None or other.sample is None:
+            return False
+        return self.sample() is not None and self.sample() is other.sample() and self.version == other.version
+
+
+def _held(prediction: Prediction) -> Prediction:
+    """The first of two calls until the second comes; a copy, since the host may change its tensors in place in between."""
+    sample, embedding = (None if tensor is None else copy_of(tensor) for tensor in (prediction.sample, prediction.embedding))
+    return replace(prediction, values=copy_of(prediction.values), sample=sample, embedding=embedding)
+
+
+def _channels(values: Tensor, sample: Tensor | None) -> int | None:
+    """How many of the channels are the prediction; None for all."""
+    if sample is None or values.ndim != sample.ndim or values.ndim < 3:
+        return None
+    count = sample.shape[1]
+    same_elsewhere = values.shape[:1] + values.shape[2:] == sample.shape[:1] + sample.shape[2:]
+    return count if same_elsewhere and values.shape[1] == 2 * count else None

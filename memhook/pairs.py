@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +11,11 @@ from torch import Tensor, nn
 from memhook.errors import GuidanceLayoutError
 from memhook.prediction import Evaluation, Roles, Space, magnitude
 from memhook.replay import CallRecord, Path, Replay, look_up
-from memhook.tensors import row_hash, take_rows
+from memhook.tensors import copy_of, row_hash, take_rows, version
 from memhook.trace import Evidence, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SAMPLE_NAMES = ("sample", "hidden_states", "x", "latent_model_input", "latents")
 EMBEDDING_NAMES = ("encoder_hidden_states", "context", "text_embeddings", "prompt_embeds", "cond")
@@ -30,7 +31,9 @@ def read_output(output: Any) -> Tensor:
             return value
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise GuidanceLayoutError(f"the denoiser returned a {type(output).__name__}; expected a tensor, an object with .sample, or a tuple that begins with a tensor")
+    raise GuidanceLayoutError(
+        f"the denoiser returned a {type(output).__name__}; expected a tensor, an object with .sample, or a tuple that begins with a tensor"
+    )
 
 
 def find_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -97,6 +100,9 @@ def split_call(
         keep: Keep what replay needs.
         path: Where the text embedding stands; found by name where None.
         channels: How many channels are the prediction (learned-variance models return twice as many); None for all.
+
+    Raises:
+        GuidanceLayoutError: There is no embedding at ``path``.
     """
 
     def read(output: Any) -> Tensor:
@@ -106,19 +112,39 @@ def split_call(
     values = read(output).detach()
     batch = values.shape[0]
     size = batch // chunks
+    call = CallRecord(module, args, kwargs, batch=batch, device=values.device) if keep else None
+    if call is not None:
+        args, kwargs = call.args, call.kwargs
     sample = find_sample(args, kwargs)
-    sample = sample.detach() if sample is not None and sample.shape[0] == batch else None
+    sample = _detached(sample) if sample is not None and sample.shape[0] == batch else None
+    declared = path is not None
     path = path if path is not None else find_embedding(args, kwargs, batch)
     embedding = look_up(args, kwargs, path) if path is not None else None
     if not isinstance(embedding, Tensor) or embedding.ndim == 0 or embedding.shape[0] != batch:
+        if declared:
+            raise _no_embedding(path, embedding, args, kwargs, batch)
         embedding = None
-    call = CallRecord(module, args, kwargs, batch=batch, device=values.device) if keep else None
+    embedding = _detached(embedding) if embedding is not None else None
     found = []
     for start in range(0, size * chunks, size):
         rows = slice(start, start + size)
-        part = take_rows((sample, embedding), rows, of=batch)
-        found.append(Prediction(values[rows], part[0], None if part[1] is None else part[1].detach(), path, rows, call, read))
+        # A whole tensor stays the host's own object, by which it is recognized in the next call.
+        part = take_rows((sample, embedding), rows, of=batch) if chunks > 1 else (sample, embedding)
+        found.append(Prediction(values[rows], part[0], part[1], path, rows, call, read))
     return found
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _no_embedding(path: Path | None, found: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int) -> GuidanceLayoutError:
+    where = "".join(f"[{key!r}]" for key in path or ())
+    seen = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    return GuidanceLayoutError(
+        f"the text embedding was declared to stand at {where}, where this call has {seen}; expected a tensor of {batch} rows. The call had "
+        f"{len(args)} positional arguments and the keywords {', '.join(kwargs) or '(none)'}; say where the embedding stands among them"
+    )
 
 
 @torch.no_grad()
@@ -139,9 +165,17 @@ class PairRecorder:
 
     def __init__(self) -> None:
         self._checked: list[bool] = []
-        self._last: tuple[Callable[[], Tensor | None], Tensor] | None = None
+        self._last: tuple[tuple[Tensor, Tensor], list[Any], Tensor] | None = None
 
-    def row(self, first: Prediction, second: Prediction, *, timestep: Tensor | float | None, sigma: Tensor | float | None = None, evidence: Evidence | None = None) -> Row:
+    def row(
+        self,
+        first: Prediction,
+        second: Prediction,
+        *,
+        timestep: Tensor | float | None,
+        sigma: Tensor | float | None = None,
+        evidence: Evidence | None = None,
+    ) -> Row:
         """The numbers of a pair, in the order in which the host made it; nothing here waits for the device."""
         return Row(
             magnitude(first.values, second.values),
@@ -156,20 +190,35 @@ class PairRecorder:
     def _conditioning(self, first: Prediction, second: Prediction) -> Tensor | None:
         if first.embedding is None or second.embedding is None:
             return None
-        base = first.embedding._base if first.embedding._base is not None else first.embedding
-        if self._last is not None and self._last[0]() is base:  # hosts pass one tensor through a whole run
-            return self._last[1]
-        hashes = torch.stack([row_hash(first.embedding), row_hash(second.embedding)])  # (2, b)
-        self._last = weakref.ref(base), hashes
+        pair = first.embedding, second.embedding
+        state = [(tensor.data_ptr(), tensor.shape, tensor.stride(), version(tensor)) for tensor in pair]
+        countable = not any(tensor.is_inference() for tensor in pair)
+        if countable and self._last is not None and self._last[1] == state:  # hosts pass one tensor through a whole run
+            return self._last[2]
+        hashes = torch.stack([row_hash(tensor) for tensor in pair])  # (2, b)
+        self._last = pair, state, hashes  # the tensors too: memory that is held is not given to another
         return hashes
 
-    def evaluation(self, cond: Prediction, uncond: Prediction, *, space: Space, roles: Roles, timestep: Tensor | float | None, sigma: Tensor | float | None = None) -> Evaluation:
-        """The pair as an `Evaluation` that can be replayed where calls are kept and the embedding was found."""
+    def evaluation(
+        self,
+        cond: Prediction,
+        uncond: Prediction,
+        *,
+        space: Space,
+        roles: Roles,
+        timestep: Tensor | float | None,
+        sigma: Tensor | float | None = None,
+    ) -> Evaluation:
+        """The pair as an `Evaluation` that can be replayed where calls are kept and the embedding was found.
+
+        Where calls are kept it holds copies of the predictions: hosts go on to change theirs in place.
+        """
+        pred_cond, pred_uncond = cond.values, uncond.values
+        if cond.call is not None:
+            pred_cond, pred_uncond = copy_of(pred_cond), copy_of(pred_uncond)
         replay = None
         if cond.call is not None and cond.embedding is not None and cond.path is not None:
             replay = Replay(
-                cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=cond.values, read=cond.read, checked=self._checked
-            )  # fmt: skip
-        return Evaluation(
-            cond.values, uncond.values, space=space, roles=roles, timestep=timestep, sigma=sigma, embedding=cond.embedding, replay=replay
-        )  # fmt: skip
+                cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read, checked=self._checked
+            )
+        return Evaluation(pred_cond, pred_uncond, space=space, roles=roles, timestep=timestep, sigma=sigma, embedding=cond.embedding, replay=replay)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from memhook.errors import MemhookError, NoGuidanceError, ReplayError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Space = Literal["eps", "v", "x0", "flow"]
 """What the denoiser predicts: the noise, the velocity of v-prediction, the clean sample, or a rectified flow's velocity."""
@@ -52,7 +54,8 @@ def magnitude(pred_cond: Tensor, pred_uncond: Tensor) -> Tensor:
         raise MemhookError(f"the predictions have dtypes {pred_cond.dtype} and {pred_uncond.dtype}; expected floating point")
     dtype = torch.promote_types(torch.promote_types(pred_cond.dtype, pred_uncond.dtype), torch.float32)
     difference = (pred_cond.to(dtype) - pred_uncond.to(dtype)).flatten(1)  # (b, everything else)
-    return torch.linalg.vector_norm(difference, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,14 @@ class Evaluation:
         """
         if self.pred_uncond is None:
             raise NoGuidanceError("this evaluation has no unconditional prediction, so it has no magnitude; guide with a scale above 1")
+        if self.replay is None and self.embedding is None:
+            raise ReplayError(
+                "no text embedding (b, l, d) is known for this evaluation, so its call cannot be replayed with another; record it by watching "
+                'with keep="calls", or say where it stands among the arguments, as ModuleAdapter(..., embedding=...)'
+            )
         if self.replay is None:
             raise ReplayError('this evaluation was captured without its call; watch with keep="calls", or use memhook.probe')
         predicted = self.replay(embedding)
-        return magnitude(predicted, self.pred_uncond.to(predicted.device))
+        # Also where it is asked inside the run (on_evaluation), which hosts make under no_grad or inference_mode.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return magnitude(predicted, self.pred_uncond.to(predicted.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memhook.checkpointing import checkpointed
 from memhook.errors import ReplayError
-from memhook.tensors import map_tensors, take_rows
+from memhook.tensors import copy_of, like, map_tensors, take_rows
 
 Path = tuple[int | str, ...]
 """Where an argument stands: a position or a keyword, then keys into nested dicts and lists."""
@@ -34,11 +34,11 @@ def replaying() -> bool:
 def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
     """The argument at ``path``; None where there is none."""
     value: Any = args if isinstance(path[0], int) else kwargs
-    for key in path:
-        try:
+    try:
+        for key in path:
             value = value[key]
-        except (KeyError, IndexError, TypeError):
-            return None
+    except (KeyError, IndexError, TypeError):
+        return None
     return value
 
 
@@ -46,18 +46,22 @@ def put(tree: Any, path: Path, value: Any) -> Any:
     """A copy of nested dicts, lists and tuples with ``value`` at ``path``; what is not on the path is shared."""
     if not path:
         return value
-    if isinstance(tree, dict):
-        return {**tree, path[0]: put(tree[path[0]], path[1:], value)}
-    items = [put(item, path[1:], value) if index == path[0] else item for index, item in enumerate(tree)]
-    return type(tree)(items)
+    changed = put(tree[path[0]], path[1:], value)
+    if isinstance(tree, Mapping):
+        return like(tree, {**tree, path[0]: changed})
+    items = list(tree)
+    items[int(path[0])] = changed
+    return like(tree, items)
 
 
 class CallRecord:
-    """One call of a denoiser, kept as it was made: arguments, autocast state, and the module, weakly."""
+    """One call of a denoiser, kept as it was made: copies of the arguments, autocast state, and the module, weakly."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch: int, device: torch.device) -> None:
         self._module = weakref.ref(module)
-        self.args, self.kwargs, self.batch = args, kwargs, batch
+        self.args: tuple[Any, ...] = map_tensors(args, copy_of)
+        self.kwargs: dict[str, Any] = map_tensors(kwargs, copy_of)
+        self.batch = batch
         self._device_type = device.type
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
 
@@ -70,8 +74,6 @@ class CallRecord:
             raise ReplayError("the model was made under torch.inference_mode, so no gradient can pass through it; load it outside of that block")
         args = take_rows(self.args, rows, of=self.batch)
         kwargs = take_rows(self.kwargs, rows, of=self.batch)
-        # Tensors made under inference_mode may not take part in autograd; a clone made outside may.
-        args, kwargs = (map_tensors(tree, lambda t: t.clone() if t.is_inference() else t) for tree in (args, kwargs))
         if isinstance(path[0], int):
             args = put(args, path, embedding)
         else:
@@ -87,7 +89,9 @@ class Replay:
     The first use is checked against the captured prediction: a replay that does not reproduce it raises `ReplayError`.
     """
 
-    def __init__(self, call: CallRecord, *, rows: slice, path: Path, embedding: Tensor, expected: Tensor, read: Callable[[Any], Tensor], checked: list[bool]) -> None:
+    def __init__(
+        self, call: CallRecord, *, rows: slice, path: Path, embedding: Tensor, expected: Tensor, read: Callable[[Any], Tensor], checked: list[bool]
+    ) -> None:
         self._call, self._rows, self._path = call, rows, path
         self._embedding, self._expected, self._read = embedding, expected, read
         self._checked = checked  # shared by all replays of a watch: empty until one of them was checked
@@ -95,7 +99,7 @@ class Replay:
     def __call__(self, embedding: Tensor) -> Tensor:
         if embedding.shape != self._embedding.shape:
             raise ReplayError(f"the embedding has shape {tuple(embedding.shape)}; the captured call took {tuple(self._embedding.shape)}")
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(mode=False), torch.enable_grad():
             if not self._checked and not torch.equal(embedding.detach().to(self._embedding), self._embedding):
                 with torch.no_grad():
                     self._check(self._run(self._embedding.clone()))
@@ -117,7 +121,8 @@ class Replay:
         if not error <= tolerance:
             raise ReplayError(
                 f"running the captured call again gave another prediction (relative difference {error:.2g}, expected at most {tolerance:g}). "
-                "The model may be in training mode (dropout), keep state between calls (caching), or have changed since; call model.eval() and replay inside the watch"
+                "The model may be in training mode (dropout), keep state between calls (caching), or have changed since; "
+                "call model.eval() and replay inside the watch"
             )
         self._checked.append(True)
 
@@ -145,7 +150,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
         if count == 0:
             parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
             for parameter in parameters:
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False
         _freezes[module] = (count + 1, parameters)
     try:
         yield
@@ -154,7 +159,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             count, parameters = _freezes[module]
             if count == 1:
                 for parameter in parameters:
-                    parameter.requires_grad_(True)
+                    parameter.requires_grad = True
                 del _freezes[module]
             else:
                 _freezes[module] = (count - 1, parameters)

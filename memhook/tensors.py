@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -16,20 +20,10 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        changed = {key: map_tensors(value, function) for key, value in tree.items()}
-        return changed if type(tree) is dict else _rebuild(tree, changed)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(value, function) for value in tree))
+        return like(tree, {key: map_tensors(value, function) for key, value in tree.items()})
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(value, function) for value in tree)
+        return like(tree, [map_tensors(value, function) for value in tree])
     return tree
-
-
-def _rebuild(tree: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
-    try:
-        return type(tree)(changed)  # type: ignore[call-arg]
-    except TypeError:
-        return changed
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -44,9 +38,47 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def like(tree: Any, items: dict[Any, Any] | list[Any]) -> Any:
+    """The items in a container of the kind of ``tree``; in a plain one where that kind cannot be made of its items."""
+    kind = type(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return kind(*items)
+    try:
+        return kind(items)
+    except TypeError:
+        return tuple(items) if isinstance(tree, tuple) else items
+
+
 def take_rows(tree: Any, rows: slice, *, of: int) -> Any:
     """The rows of every tensor whose batch axis has ``of`` rows; other tensors are shared by all rows and kept whole."""
     return map_tensors(tree, lambda tensor: tensor[rows] if tensor.ndim > 0 and tensor.shape[0] == of else tensor)
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often the tensor was changed in place; None for tensors made under inference_mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+_copies: Any = WeakIdKeyDictionary()  # tensor -> its version, and a weak reference to the copy made of it then
+_copies_lock = threading.Lock()
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy that later changes in place do not reach; still the same copy while the tensor was not changed.
+
+    So a text embedding that a host passes to every evaluation is stored once. The copy may take part in autograd even if the
+    tensor was made under inference_mode.
+    """
+    now = version(tensor)
+    with _copies_lock:
+        seen, reference = _copies.get(tensor, (None, None))
+        copy: Tensor | None = reference() if reference is not None and seen == now else None
+        if copy is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                copy = tensor.detach().clone()
+            if now is not None:
+                _copies[tensor] = now, weakref.ref(copy)
+    return copy
 
 
 @torch.no_grad()
@@ -56,13 +88,21 @@ def row_hash(tensor: Tensor) -> Tensor:
     Integer arithmetic, hence exact and the same for equal rows wherever they stand. Equal fingerprints mean equal rows
     but for chance (about 2**-64 for a pair).
     """
-    flat = tensor.detach().reshape(tensor.shape[0], -1)
+    flat = tensor.detach().reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
     if flat.dtype is torch.bool:
         flat = flat.to(torch.int8)
     bits = flat.contiguous().view(_INTEGERS[flat.element_size()]).to(torch.int64)
     places = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64)
-    factors = places * -7046029254386353131  # odd constant of splitmix64; int64 arithmetic wraps
-    factors = ((factors ^ (factors >> 30)) * -4658895280553007687) | 1
-    return (bits * factors).sum(dim=1)
+    # The finalizer of splitmix64, in int64 arithmetic that wraps. Without mixing, a sum of multiples would not tell float64 rows
+    # from their negatives: an even number of flipped highest bits cancels.
+    mixed = bits + places * -7046029254386353131
+    mixed = (mixed ^ _shift(mixed, 30)) * -4658895280553007687
+    mixed = (mixed ^ _shift(mixed, 27)) * -7723592293110705685
+    return (mixed ^ _shift(mixed, 31)).sum(dim=1)
+
+
+def _shift(values: Tensor, by: int) -> Tensor:
+    """Shift right, filling with zeros; torch's own shift of signed integers repeats the sign."""
+    return (values >> by) & ((1 << (64 - by)) - 1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,17 +13,8 @@ from torch import Tensor
 from memhook.errors import GuidanceLayoutError, MemhookError, NoGuidanceError
 from memhook.prediction import SPACES, Evaluation, Roles, Space, magnitude
 
-
-@dataclass(frozen=True)
-class Evidence:
-    """How an adapter found the roles of one evaluation; computed without waiting for the device, read later.
-
-    Attributes:
-        decide: Reads the evidence, and returns whether the first prediction of the pair is the conditional one (None
-            when this evaluation cannot tell) and the guidance scale per sample, where known.
-    """
-
-    decide: Callable[[], tuple[bool | None, np.ndarray | None]]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 
 @dataclass
@@ -35,10 +25,14 @@ class Row:
     timestep: Tensor | float | None = None
     sigma: Tensor | float | None = None
     same_inputs: Tensor | None = None  # (b,) bool: both predictions were made from the same noisy sample
-    conditioning: Tensor | None = None  # (2, b) int64 fingerprints of the conditioning of the two predictions
-    evidence: Evidence | None = None
+    conditioning: Tensor | None = None  # (2, b) int64 fingerprints of the conditional and the unconditional conditioning
     shape: tuple[int, ...] | None = None  # of one prediction
-    doubled: Tensor | None = None  # () bool: a lone prediction made from a batch whose two halves are equal
+    space: Space | None = None  # where the host's stages predict in different ones
+    roles: Roles | None = None  # how it is known which prediction is conditional; None: as declared
+    scale: np.ndarray | None = None  # (b,) guidance scale as it acted
+    # Fills in what only reading the device can tell, once somebody asks; answers whether that was the last word.
+    settle: Callable[[Row], bool] | None = field(default=None, repr=False)
+    refuted: tuple[Tensor, str] | None = None  # () bool: the call was not what it was taken for; and the error to raise then
     samples: int = 0
     values: np.ndarray | None = field(default=None, repr=False)  # (b,) float32, once read
 
@@ -110,14 +104,17 @@ class Trace:
             raise MemhookError(f"space is {evaluation.space!r}; expected one of {', '.join(SPACES)}")
         if self.space is None:
             self.space = evaluation.space
-        elif self.space != evaluation.space:
-            raise MemhookError(f"this trace holds magnitudes in the space {self.space!r}; an evaluation in {evaluation.space!r} cannot be added to it")
+        elif self.space != evaluation.space and (row is None or row.space is None):
+            raise MemhookError(
+                f"this trace holds magnitudes in the space {self.space!r}; an evaluation in {evaluation.space!r} cannot be added to it"
+            )
         if row is None:
             measured = None if evaluation.pred_uncond is None else magnitude(evaluation.pred_cond, evaluation.pred_uncond)
             row = Row(measured, evaluation.timestep, evaluation.sigma, shape=tuple(evaluation.pred_cond.shape[1:]))
         if evaluation.roles == "declared":
             self._declared = "declared"
         row.samples = evaluation.pred_cond.shape[0]
+        row.timestep, row.sigma = _own(row.timestep), _own(row.sigma)
         self._rows.append(row)
         if self._keep:
             self._evaluations.append(evaluation)
@@ -156,18 +153,22 @@ class Trace:
                 "nothing was recorded: the denoiser did not run inside the `with` block, or it ran in another thread "
                 "than the one that entered the block. Run the sampler inside the block"
             )
+        self._settle()
         self._read()
         if all(row.magnitude is None for row in self._rows):
-            reason = self._why_missing or "no evaluation had an unconditional prediction"
-            raise NoGuidanceError(f"{reason}; call the sampler with classifier-free guidance (a guidance scale above 1)")
+            remedy = "call the sampler with classifier-free guidance (a guidance scale above 1)"
+            raise NoGuidanceError(self._why_missing or f"no evaluation had an unconditional prediction; {remedy}")
         sizes = sorted({row.samples for row in self._rows})
         if len(sizes) > 1:
-            raise MemhookError(f"the evaluations in this trace have {sizes} samples, so they are several runs; read trace.runs, or watch each run by itself")
+            raise MemhookError(
+                f"the evaluations in this trace have {sizes} samples, so they are several runs; read trace.runs, or watch each run by itself"
+            )
         return np.stack([row.values if row.values is not None else np.full(sizes[0], np.nan, np.float32) for row in self._rows])
 
     @property
     def has_guidance(self) -> np.ndarray:
         """``(s,)`` bool: the evaluations that had an unconditional prediction."""
+        self._settle()
         return np.array([row.magnitude is not None for row in self._rows], bool)
 
     def score(self, first: int | None = None) -> np.ndarray:
@@ -196,7 +197,9 @@ class Trace:
             raise MemhookError(f"this trace holds {len(self._starts())} runs of the sampler; score each of trace.runs, or watch each run by itself")
         chosen: np.ndarray = magnitudes[:first]
         if not self.has_guidance[: len(chosen)].any():
-            raise NoGuidanceError(f"none of the first {len(chosen)} evaluations has an unconditional prediction; use more of them (first=None uses all)")
+            raise NoGuidanceError(
+                f"none of the first {len(chosen)} evaluations has an unconditional prediction; use more of them (first=None uses all)"
+            )
         return chosen
 
     @property
@@ -216,15 +219,16 @@ class Trace:
 
     @property
     def roles(self) -> Roles | None:
-        """How it was found which prediction is the conditional one; None before any evaluation was recorded."""
-        if self._declared is not None:
-            return self._declared
-        return self._decided()[0]
+        """How it was found which prediction is the conditional one, the weakest where evaluations differ; None before any was recorded."""
+        self._settle()
+        found = {row.roles for row in self._rows if row.magnitude is not None and row.roles is not None}
+        return next((roles for roles in ("assumed", "fitted", "matched") if roles in found), self._declared)  # type: ignore[return-value]
 
     @property
     def guidance_scale(self) -> np.ndarray | None:
-        """``(b,)``: the guidance scale as it acted at the first evaluation, in the convention ``u + w (c - u)``; None if unknown."""
-        return self._decided()[2]
+        """``(b,)``: the guidance scale as it acted at the first evaluation where it shows, in the convention ``u + w (c - u)``; None if unknown."""
+        self._settle()
+        return next((row.scale for row in self._rows if row.scale is not None), None)
 
     @property
     def groups(self) -> np.ndarray:
@@ -232,11 +236,10 @@ class Trace:
 
         Numbers follow the order of first appearance. Where no text embedding was seen, every sample is its own group.
         """
+        self._settle()
         for row in self._rows:
             if row.conditioning is not None:
-                first_is_cond = self._decided()[1]
-                keys = row.conditioning.cpu().numpy()[0 if first_is_cond else 1]
-                return _number_by_first_appearance(keys)
+                return _number_by_first_appearance(row.conditioning[0].cpu().numpy())
         return np.arange(self._rows[0].samples if self._rows else 0)
 
     @property
@@ -245,7 +248,7 @@ class Trace:
         starts = self._starts()
         found = []
         for start, stop in zip(starts, [*starts[1:], len(self._rows)], strict=True):
-            part = Trace(host=self.host, space=self.space, keep_evaluations=self._keep, describe=self._describe)
+            part = Trace(host=self.host, space=self._rows[start].space or self.space, keep_evaluations=self._keep, describe=self._describe)
             part._rows = self._rows[start:stop]
             part._evaluations = self._evaluations[start:stop]
             part._declared, part._why_missing = self._declared, self._why_missing
@@ -282,14 +285,18 @@ class Trace:
 
     # ---- private --------------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """Fill in what adapters left open so as not to wait for the device."""
+        for row in self._rows:
+            if row.settle is not None and row.settle(row):
+                row.settle = None
+
     def _read(self) -> None:
         """Fetch what is still on the device, in one transfer, and check it."""
-        doubled = [row.doubled for row in self._rows if row.doubled is not None]
-        if doubled and bool(torch.stack(doubled).all()):
-            raise GuidanceLayoutError(
-                "every batch had two equal halves, yet the sampler stepped all of it: guidance is done in a way (on a doubled batch) that is not "
-                "supported here yet. Watch the denoiser with memhook.ModuleAdapter"
-            )
+        refuted = [row.refuted for row in self._rows if row.refuted is not None]
+        for (_, message), wrong in zip(refuted, torch.stack([flag for flag, _ in refuted]).tolist() if refuted else (), strict=True):
+            if wrong:
+                raise GuidanceLayoutError(message)
         fresh = [row for row in self._rows if row.magnitude is not None and row.values is None]
         if not fresh:
             return
@@ -305,33 +312,51 @@ class Trace:
             row.values = stacked[position : position + row.samples]
             position += row.samples
 
-    def _decided(self) -> tuple[Roles | None, bool, np.ndarray | None]:
-        """The roles: how they were found, whether the first of each pair is conditional, and the guidance scale."""
-        if not self._rows:
-            return None, True, None
-        rows = [row for row in self._rows if row.evidence is not None]
-        for row in rows:
-            first_is_cond, scale = row.evidence.decide()  # type: ignore[union-attr]
-            if first_is_cond is not None:
-                return "fitted", first_is_cond, scale
-        return "assumed" if rows else self._declared, True, None
-
     def _starts(self) -> list[int]:
-        """Where runs of the sampler start: where the noise level jumps back up to where its run began."""
+        """Where runs of the sampler start: where the number of samples changes, or the noise level jumps back up."""
+        if not self._rows:
+            return []
+        self._settle()
+        samples = [row.samples for row in self._rows]
         levels = self.timesteps if np.isfinite(self.timesteps).all() else self.sigmas
-        if not len(levels) or not np.isfinite(levels).all():
-            return [0] if self._rows else []
-        rising = len(levels) > 1 and levels[1] > levels[0]  # flow models whose time runs from 0 to 1
-        signed = -levels if rising else levels
+        noise = _falling(levels) if np.isfinite(levels).all() else None
         starts = [0]
-        for index in range(1, len(signed)):
-            if signed[index] >= signed[starts[-1]] and signed[index] > signed[index - 1]:
+        for index in range(1, len(samples)):
+            begin = starts[-1]
+            if samples[index] != samples[begin] or (noise is not None and _starts_again(noise[begin:index], noise[index])):
                 starts.append(index)
         return starts
 
 
+def _falling(levels: np.ndarray) -> np.ndarray:
+    """Noise levels such that they fall in a run; the time of some flow models rises from 0 to 1."""
+    changes = np.sign(np.diff(levels))
+    rising = changes.sum() > 0 or (changes.sum() == 0 and len(changes) > 0 and changes[0] > 0)
+    return levels.max() - levels if rising else levels
+
+
+def _starts_again(run: np.ndarray, level: float) -> bool:
+    """Whether a noise level is the first of a new run, after those of a run so far.
+
+    Within a run levels repeat (Heun), all but the first, and rise a little (Heun with churn: by a factor of up to 1.42).
+    """
+    if level > 2 * run[-1]:
+        return True
+    return bool(level >= run[0] and (level > run[-1] or len(run) == 1))
+
+
+def _own(level: Tensor | float | None) -> Tensor | float | None:
+    """A noise level that the host's changes in place do not reach, of the first sample; without waiting for the device."""
+    return level.detach().reshape(-1)[:1].clone() if isinstance(level, Tensor) else level
+
+
+def per_prompt(magnitudes: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Average ``(s, b)`` magnitudes over each prompt's samples: ``(prompts, s)`` float32."""
+    return np.stack([magnitudes[:, groups == group].mean(axis=1, dtype=np.float64) for group in range(groups.max() + 1)]).astype(np.float32)
+
+
 def prompt_mean(magnitudes: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Mean over the evaluations that are present; a NaN among those stays a NaN."""
+    """Mean of ``(s, n)`` magnitudes over the evaluations that are present, ``(n,)``; a NaN among those stays a NaN."""
     mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean
 
