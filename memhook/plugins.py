@@ -7,12 +7,16 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from memhook import hookspecs
-from memhook.errors import AmbiguousAdapterError, NoAdapterError
+from memhook.errors import AmbiguousAdapterError, MemhookError, NoAdapterError
 from memhook.hookspecs import PROJECT, Adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _lock = threading.RLock()
 
@@ -60,7 +64,10 @@ def _register(manager: pluggy.PluginManager, point: EntryPoint) -> str | None:
     except Exception as error:  # noqa: BLE001 -- third-party code: whatever it raises must not stop the others
         if manager.has_plugin(point.name):
             manager.unregister(name=point.name)
-        return f"{type(error).__name__}: {error}"
+        return _brief(error)
+    if not manager.get_hookcallers(plugin):
+        manager.unregister(name=point.name)
+        return f"{point.value} implements no hook; mark its memhook_adapt with @memhook.hookimpl"
     return None
 
 
@@ -94,17 +101,26 @@ def find_adapter(target: object) -> Adapter:
     with _lock:
         manager = _load().manager
     claims: list[tuple[str, Adapter]] = []
+    failures: dict[str, Exception] = {}
     for implementation in manager.hook.memhook_adapt.get_hookimpls():
-        adapter = implementation.function(target)
+        name = implementation.plugin_name
+        try:
+            adapter: Any = implementation.function(target)
+        except MemhookError:  # it knows the target, and why it cannot be watched
+            raise
+        except Exception as error:  # noqa: BLE001 -- third-party code: it must not stop the others
+            failures[name] = error
+            warnings.warn(f"the memhook adapter {name!r} failed on a {_kind(target)}: {_brief(error)}", stacklevel=3)
+            continue
         if adapter is not None:
-            claims.append((implementation.plugin_name, adapter))
+            claims.append((name, adapter))
     if len(claims) > 1:
         names = ", ".join(name for name, _ in claims)
         raise AmbiguousAdapterError(
             f"the adapters {names} all claim a {_kind(target)}; pass the one you mean as adapter=..., or uninstall the others"
         )
     if not claims:
-        raise NoAdapterError(_no_adapter(target))
+        raise NoAdapterError(_no_adapter(target, failures))
     return claims[0][1]
 
 
@@ -112,10 +128,15 @@ def _kind(target: object) -> str:
     return f"{type(target).__module__}.{type(target).__qualname__}"
 
 
-def _no_adapter(target: object) -> str:
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _no_adapter(target: object, failures: Mapping[str, Exception]) -> str:
     import torch
 
-    seen = f"no adapter knows how to watch a {_kind(target)}"
+    failed = "".join(f" (the adapter {name!r} failed on it: {_brief(error)})" for name, error in failures.items())
+    seen = f"no adapter knows how to watch a {_kind(target)}{failed}"
     if isinstance(target, torch.nn.Module):
         return (
             f"{seen}. For a bare denoiser, say how its guided calls are laid out: "
