@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]
 _UNCOND_FIRST = ("uncond_first", "two_calls_uncond_first")
+_OFF = "guidance may be off (use a scale above 1)"
 
 
 class ModuleAdapter:
@@ -115,8 +116,8 @@ class _Run:
         if self._layout.startswith("two_calls"):
             self._one_of_two(split(1)[0], _Moment.of(sample, timestep))
         elif values.shape[0] % 2:
-            reason = f"the denoiser was given a batch of {values.shape[0]}, where layout={self._layout!r} expects two halves"
-            self._unguided(split(1)[0], timestep, f'{reason} (for a host that makes two calls, say layout="two_calls_cond_first" or the like)')
+            reason = f"the denoiser was given a batch of {values.shape[0]}, where layout={self._layout!r} expects two halves: {_OFF}"
+            self._unguided(split(1)[0], timestep, f'{reason}, or the host makes two calls (layout="two_calls_cond_first" or the like)')
         elif values.shape[0] == self._samples:
             self._as_many_as_samples(split(1)[0], split(2), timestep)
         else:
@@ -157,7 +158,7 @@ class _Run:
             refuted = doubled.all(), message
             if self._watcher.wants_evaluations and bool(refuted[0]):
                 raise GuidanceLayoutError(message)
-        self._unguided(whole, timestep, "the denoiser was called without an unconditional half", refuted)
+        self._unguided(whole, timestep, f"the denoiser was called without an unconditional half: {_OFF}", refuted)
 
     def _one_of_two(self, prediction: Prediction, moment: _Moment) -> None:
         if self._waiting is not None and self._another_evaluation(*self._waiting, prediction, moment):
@@ -179,8 +180,8 @@ class _Run:
         return bool(self._one_sample) and not moment.same_sample(began)
 
     def _stood_alone(self, first: Prediction, began: _Moment) -> None:
-        reason = f"a call of the denoiser stood alone, where layout={self._layout!r} expects pairs"
-        self._unguided(first, began.timestep, f'{reason} (for a host that batches both halves, say layout="uncond_first" or "cond_first")')
+        reason = f"a call of the denoiser stood alone, where layout={self._layout!r} expects pairs: {_OFF}"
+        self._unguided(first, began.timestep, f'{reason}, or the host batches both halves (layout="uncond_first" or "cond_first")')
 
 
 @dataclass(frozen=True, eq=False)
