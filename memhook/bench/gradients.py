@@ -243,20 +243,21 @@ def _checkpointed_bytes(module: nn.Module, run: Callable[[], object]) -> int:
     depth = 0
 
     def pack(tensor: Tensor) -> Tensor:
-        if not depth:
-            return keep(tensor)
-        inside[-1] += seen.add(tensor)
-        return tensor
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.add(tensor)
+        if depth:
+            inside[-1] += seen.add(tensor)
+        else:
+            kept.add(tensor)
         return tensor
 
     def enter(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal depth
         depth += 1
         inside.append(0)
-        map_tensors((args, kwargs), keep)
+        found: list[Tensor] = []
+        map_tensors((args, kwargs), lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        if any(tensor.requires_grad for tensor in found):  # else there is nothing to recompute for
+            for tensor in found:
+                kept.add(tensor)
 
     def leave(*_: object) -> None:
         nonlocal depth
