@@ -12,7 +12,7 @@ from memhook.errors import GuidanceLayoutError
 from memhook.prediction import Evaluation, Roles, Space, magnitude
 from memhook.replay import CallRecord, Path, Replay, look_up
 from memhook.tensors import copy_of, row_hash, take_rows, version
-from memhook.trace import Evidence, Row
+from memhook.trace import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -169,22 +169,20 @@ class PairRecorder:
 
     def row(
         self,
-        first: Prediction,
-        second: Prediction,
+        cond: Prediction,
+        uncond: Prediction,
         *,
         timestep: Tensor | float | None,
         sigma: Tensor | float | None = None,
-        evidence: Evidence | None = None,
     ) -> Row:
-        """The numbers of a pair, in the order in which the host made it; nothing here waits for the device."""
+        """The numbers of a pair; nothing here waits for the device."""
         return Row(
-            magnitude(first.values, second.values),
+            magnitude(cond.values, uncond.values),
             timestep=timestep.detach() if isinstance(timestep, Tensor) else timestep,
             sigma=sigma.detach() if isinstance(sigma, Tensor) else sigma,
-            same_inputs=same_samples(first, second),
-            conditioning=self._conditioning(first, second),
-            evidence=evidence,
-            shape=tuple(first.values.shape[1:]),
+            same_inputs=same_samples(cond, uncond),
+            conditioning=self._conditioning(cond, uncond),
+            shape=tuple(cond.values.shape[1:]),
         )
 
     def _conditioning(self, first: Prediction, second: Prediction) -> Tensor | None:

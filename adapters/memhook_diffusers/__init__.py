@@ -10,8 +10,11 @@ from memhook.hookspecs import Adapter, hookimpl
 @hookimpl
 def memhook_adapt(target: object) -> Adapter | None:
     """Claim diffusers pipelines; diffusers itself is not imported, since a target of its kind means that it was."""
-    diffusers = sys.modules.get("diffusers")
-    if diffusers is None or not isinstance(target, diffusers.DiffusionPipeline):
+    if not any(
+        kind.__module__.startswith("diffusers.") and kind.__name__ in ("DiffusionPipeline", "ModularPipeline") for kind in type(target).__mro__
+    ):
+        return None
+    if "diffusers" not in sys.modules:
         return None
     from memhook_diffusers.adapter import DiffusersAdapter
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 _TABLES = (
@@ -45,7 +46,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def _parts(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if id(value) in seen or not hasattr(value, "__dict__") or isinstance(value, type):
+    if id(value) in seen or not hasattr(value, "__dict__") or isinstance(value, (type, torch.Tensor)):
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):

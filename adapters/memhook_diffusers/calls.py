@@ -1,0 +1,188 @@
+"""Calls of a denoiser, cut into predictions, with fingerprints of what each prediction was made from."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memhook.pairs import EMBEDDING_NAMES, SAMPLE_NAMES, Prediction
+from memhook.replay import CallRecord, Path, look_up
+from memhook.tensors import copy_of, row_hash, version
+from memhook_diffusers.outputs import Reader, raw_output
+
+_TIMES = ("timestep", "timesteps", "t", "sigma", "timestep_ratio", "r")
+_TEXT_NAMES = (*EMBEDDING_NAMES, "clip_text", "c", "cap_feats", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "proj_embedding")
+_NOT_TEXT = ("image", "rotary", "mask", "residual", "control", "ids", "cond_sample", "time")
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module, as it was made."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    record: CallRecord | None  # where replay was asked for
+    version: int | None  # of the output tensor, to notice changes in place
+
+    @property
+    def changed(self) -> bool:
+        """Whether the host has changed the output in place since."""
+        values = _first_tensor(self.output)
+        return values is not None and version(values) != self.version
+
+
+def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, keep: bool) -> Call | None:
+    """Note a call; None if its output cannot be a prediction. With ``keep``, tensors are copied, since hosts change theirs in place."""
+    values = _first_tensor(output)
+    if values is None:
+        return None
+    record = CallRecord(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
+    if record is not None:
+        args, kwargs, output = record.args, record.kwargs, _with_copy(output)
+    return Call(module, args, kwargs, output, record, version(_first_tensor(output)))  # type: ignore[arg-type]
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], (tuple, list)):
+        return output[0][0] if output[0] and isinstance(output[0][0], Tensor) else None
+    value = output if isinstance(output, Tensor) or not hasattr(output, "sample") else output.sample
+    if isinstance(value, (tuple, list)):
+        return value[0] if value and isinstance(value[0], Tensor) else None
+    return value if isinstance(value, Tensor) else raw_output(output)
+
+
+def _with_copy(output: Any) -> Any:
+    values = raw_output(output)
+    return (copy_of(values),) if values is not None else output
+
+
+class Conditioning:
+    """Fingerprints of conditioning, which are taken again only when the host passes another tensor."""
+
+    def __init__(self) -> None:
+        self._last: dict[Path, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+
+    def of(self, embedding: Tensor, path: Path) -> Tensor:
+        """``(batch,)`` int64."""
+        state = (embedding.data_ptr(), embedding.shape, embedding.stride(), version(embedding))
+        seen = self._last.get(path)
+        if seen is not None and seen[1] == state and state[-1] is not None:
+            return seen[2]
+        hashes = row_hash(embedding)
+        self._last[path] = embedding, state, hashes  # the tensor too: memory that is held is not given to another
+        return hashes
+
+
+def cut(call: Call, reader: Reader, values: Tensor) -> list[Prediction]:
+    """The predictions in a call, in order; ``values`` is what ``reader`` read."""
+    batch = values.shape[0]
+    path, sample = find_text(call, batch), _sample(call)
+    embedding = look_up(call.args, call.kwargs, path) if path is not None else None
+    found = []
+    for start in range(0, batch, reader.samples):
+        rows = slice(start, start + reader.samples)
+        text = embedding[rows].detach() if isinstance(embedding, Tensor) else None
+        found.append(Prediction(values[rows], _rows(sample, rows, batch), text, path, rows, call.record, reader))
+    return found
+
+
+def find_text(call: Call, batch: int) -> Path | None:
+    """Where the text embedding ``(batch, l, d)`` stands: under a usual name, or else the one argument that could be it."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] == batch and value.is_floating_point()
+
+    usual: list[Path] = [*((name,) for name in _TEXT_NAMES), (2,)]
+    for path in usual:
+        if fits(look_up(call.args, call.kwargs, path)):
+            return path
+    sample = _sample(call)
+    others = [
+        path
+        for path, value in _leaves(call.args, call.kwargs)
+        if fits(value) and value is not sample and not any(word in str(path[-1]) for word in _NOT_TEXT)
+    ]
+    return others[0] if len(others) == 1 else None
+
+
+def _sample(call: Call) -> Any:
+    """The noisy sample: a tensor, or a list with a tensor per sample."""
+    if call.args and isinstance(call.args[0], (Tensor, list)):
+        return call.args[0]
+    return next((call.kwargs[name] for name in SAMPLE_NAMES if isinstance(call.kwargs.get(name), (Tensor, list))), None)
+
+
+def _rows(sample: Any, rows: slice, batch: int) -> Tensor | None:
+    if isinstance(sample, list):
+        alike = len(sample) == batch and all(isinstance(item, Tensor) and item.shape == sample[0].shape for item in sample)
+        return torch.stack(sample[rows]).detach() if alike else None
+    return sample[rows].detach() if isinstance(sample, Tensor) and sample.ndim and sample.shape[0] == batch else None
+
+
+def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
+    def walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(item, (*path, key))
+        elif isinstance(value, (list, tuple)):
+            for key, item in enumerate(value):
+                yield from walk(item, (*path, key))
+
+    for position, value in enumerate(args):
+        yield from walk(value, (position,))
+    for name, value in kwargs.items():
+        yield from walk(value, (name,))
+
+
+@torch.no_grad()
+def input_hashes(call: Call, batch: int) -> Tensor:
+    """``(batch,)`` int64 fingerprints of everything that each row was made from but the noisy sample and the time."""
+    sample = _sample(call)
+    of_sample = {id(item) for item in sample} if isinstance(sample, list) else {id(sample)}
+    values = _first_tensor(call.output)
+    total = torch.zeros(batch, dtype=torch.int64, device=values.device if values is not None else None)
+    for path, leaf in _leaves(call.args, call.kwargs):
+        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0:
+            continue
+        factor = zlib.crc32(repr(path[:-1] if isinstance(path[-1], int) and len(path) > 1 else path).encode()) | 1
+        listed = _list_position(call, path, batch)
+        if listed is not None:  # one tensor per row
+            total[listed] += row_hash(leaf[None])[0].to(total.device) * factor
+        elif leaf.ndim and leaf.shape[0] == batch:
+            total += row_hash(leaf).to(total.device) * factor
+        elif leaf.ndim:
+            total += row_hash(leaf[None])[0].to(total.device) * factor
+    return total
+
+
+def _list_position(call: Call, path: Path, batch: int) -> int | None:
+    if len(path) < 2 or not isinstance(path[-1], int):
+        return None
+    parent = look_up(call.args, call.kwargs, path[:-1])
+    return path[-1] if isinstance(parent, (list, tuple)) and len(parent) == batch else None
+
+
+def sample_hashes(predictions: Sequence[Prediction], *, whole: bool) -> Tensor:
+    """``(n, b)`` int64 fingerprints of the noisy samples; unless ``whole``, without channels that hold an image or mask."""
+    return torch.stack([_sample_hash(prediction, whole=whole) for prediction in predictions])
+
+
+def _sample_hash(prediction: Prediction, *, whole: bool) -> Tensor:
+    values, sample = prediction.values, prediction.sample
+    if sample is None:
+        return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+    if not whole and sample.ndim == values.ndim:
+        sample = sample[(slice(None), *(slice(0, size) for size in values.shape[1:]))]
+    return row_hash(torch.nan_to_num(sample) if sample.is_floating_point() else sample)
+
+
+OnCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]

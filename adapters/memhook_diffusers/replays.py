@@ -1,0 +1,84 @@
+"""Replays for pipelines: the conditional rows alone where that works, the whole batch where the model needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memhook.errors import ReplayError
+from memhook.replay import CallRecord, Path, Replay, look_up
+
+if TYPE_CHECKING:
+    from memhook.pairs import Prediction
+
+ReplayFunction = Callable[[Tensor], Tensor]
+
+
+def make_replay(replay: ReplayFunction | None, cond: Prediction, name: str) -> ReplayFunction | None:
+    """The best replay of a captured call; one that says why, where there can be none.
+
+    Args:
+        replay: The conditional rows alone, if the embedding was found.
+        cond: The conditional prediction.
+        name: The pipeline's.
+    """
+    if cond.call is None:
+        return replay
+    if replay is None or cond.path is None:
+        found = ", ".join(_text_like(cond.call)) or "none"
+        return _refusal(
+            f"{name}'s text does not reach its denoiser as one tensor of shape (b, l, d), so it cannot be replaced; floating-point inputs: {found}"
+        )
+    return _Rows(replay, cond, cond.call, cond.path)
+
+
+def _text_like(call: CallRecord) -> list[str]:
+    named = {**{str(index): value for index, value in enumerate(call.args)}, **call.kwargs}
+    return [f"{key} {tuple(value.shape)}" for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _refusal(reason: str) -> ReplayFunction:
+    def refuse(_: Tensor) -> Tensor:
+        raise ReplayError(reason)
+
+    return refuse
+
+
+class _Rows:
+    """Replays conditional rows alone; models whose layers look at the whole guided batch (perturbed attention) get it whole."""
+
+    def __init__(self, rows: ReplayFunction, cond: Prediction, call: CallRecord, path: Path) -> None:
+        self._rows, self._cond, self._call, self._path = rows, cond, call, path
+        self._chosen: ReplayFunction | None = None
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        if self._chosen is not None:
+            return self._chosen(embedding)
+        try:
+            predicted = self._rows(embedding)
+        except Exception as error:  # whatever a model raises when it is given another batch than it expects
+            if tuple(embedding.shape) != tuple(self._cond.embedding.shape if self._cond.embedding is not None else ()):
+                raise
+            try:
+                predicted = self._whole(embedding)
+            except Exception as second:  # noqa: BLE001 -- the first error says more
+                reason = f"the captured call could not be run again, neither its conditional rows ({error}) nor whole ({second})"
+                raise ReplayError(reason) from error
+            self._chosen = self._whole
+            return predicted
+        self._chosen = self._rows
+        return predicted
+
+    def _whole(self, embedding: Tensor) -> Tensor:
+        whole = look_up(self._call.args, self._call.kwargs, self._path)
+        rows, cond = self._cond.rows, self._cond
+        replay = Replay(
+            self._call, rows=slice(0, self._call.batch), path=self._path, embedding=whole, expected=cond.values, read=self._read, checked=[]
+        )
+        return replay(torch.cat([whole[: rows.start], embedding.to(whole), whole[rows.stop :]]))
+
+    def _read(self, output: object) -> Tensor:
+        return self._cond.read(output)[self._cond.rows]

@@ -1,0 +1,75 @@
+"""Every family of diffusers pipelines: magnitudes and roles agree with a recorder that knows the layout."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import memhook
+from memhook.testing.state import changes, snapshot
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.adapters.zoo import FAMILIES
+from tests.adapters.zoo.truth import recording
+
+CLOSE = 1e-4
+
+
+def tensors(result):
+    items = result if isinstance(result, (list, tuple)) else [result]
+    return [item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item)) for item in items]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning")
+def test_family(name):
+    family = FAMILIES[name]
+    host = family.build()
+    before = snapshot(host.pipeline)
+    with recording(family, host) as truth:
+        plain = host.run()
+    expected = truth.magnitudes.numpy()
+
+    with memhook.watch(host.pipeline) as trace:
+        watched = host.run()
+    assert all(torch.equal(a, b) for a, b in zip(tensors(plain), tensors(watched), strict=True))
+    assert changes(before, snapshot(host.pipeline)) == []
+    assert len(trace) == len(expected)
+    if family.missing is not None:
+        assert np.isnan(expected).all()
+        with pytest.raises(memhook.NoGuidanceError, match=family.missing):
+            _ = trace.magnitudes
+        return
+    np.testing.assert_allclose(trace.magnitudes, expected, rtol=CLOSE)
+    assert trace.roles in family.roles
+
+    with memhook.watch(host.pipeline, keep="calls") as kept:
+        host.run()
+    np.testing.assert_allclose(kept.magnitudes, expected, rtol=CLOSE)
+    for evaluation, step in zip(kept.evaluations, truth.steps, strict=True):
+        assert (evaluation.pred_uncond is None) == (step.uncond is None)
+        assert close(evaluation.pred_cond, step.cond), "the conditional prediction is another one"
+        if step.uncond is not None:
+            assert close(evaluation.pred_uncond, step.uncond), "the unconditional prediction is another one"
+            assert evaluation.roles in family.roles
+    replays(family, next(evaluation for evaluation in kept.evaluations if evaluation.pred_uncond is not None))
+
+
+def close(found, expected):
+    found = found.reshape(expected.shape)
+    return float((found.double() - expected.double()).norm()) <= CLOSE * float(expected.double().norm())
+
+
+def replays(family, evaluation):
+    if not family.replay:
+        with pytest.raises(memhook.ReplayError, match=r"\w+ \w+ \w+"):
+            evaluation.objective(torch.zeros(1, 1, 1) if evaluation.embedding is None else evaluation.embedding)
+        return
+    embedding = evaluation.embedding.clone().requires_grad_()
+    value = evaluation.objective(embedding)
+    captured = memhook.magnitude(evaluation.pred_cond, evaluation.pred_uncond)
+    torch.testing.assert_close(value.detach(), captured, rtol=1e-3, atol=1e-5)
+    (gradient,) = torch.autograd.grad(value.sum(), embedding)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()

@@ -1,0 +1,113 @@
+"""The truth about a run, recorded independently of the adapter: by wrapping ``forward`` and ``step`` on the instances."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.adapters.zoo.family import Family, Host
+
+
+@dataclass
+class Step:
+    cond: Tensor
+    uncond: Tensor | None
+
+    @property
+    def magnitudes(self) -> Tensor:
+        if self.uncond is None:
+            return torch.full((len(self.cond),), torch.nan)
+        return (self.cond.double() - self.uncond.double()).flatten(1).norm(dim=1)
+
+
+@dataclass
+class Truth:
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def magnitudes(self) -> Tensor:
+        return torch.stack([step.magnitudes for step in self.steps])
+
+
+@contextlib.contextmanager
+def recording(family: Family, host: Host) -> Iterator[Truth]:
+    truth, calls, undo = Truth(), [], []
+
+    def wrap(owner: Any, name: str, around: Any) -> None:
+        original = getattr(owner, name)
+        owner.__dict__[name] = lambda *args, **kwargs: around(original, args, kwargs)
+        undo.append(lambda: owner.__dict__.pop(name))
+
+    def forward(original: Any, args: Any, kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        calls.append((host.read or first_tensor)(output).detach().clone())
+        return output
+
+    def step(original: Any, args: Any, kwargs: Any) -> Any:
+        model_output = args[0] if args else kwargs["model_output"]
+        truth.steps.append(split(family.layout, calls, model_output))
+        calls.clear()
+        return original(*args, **kwargs)
+
+    for name in host.denoisers:
+        wrap(getattr(host.pipeline, name), "forward", forward)
+    for name in host.schedulers:
+        # Pipelines look at the signature of `step`: keep it by wrapping the method that `step` calls on.
+        scheduler = getattr(host.pipeline, name)
+        original = type(scheduler).step
+        patched = _signed(original, step)
+        scheduler.__dict__["step"] = patched.__get__(scheduler)
+        undo.append(lambda scheduler=scheduler: scheduler.__dict__.pop("step"))
+    try:
+        yield truth
+    finally:
+        for action in undo:
+            action()
+
+
+def _signed(original: Any, around: Any) -> Any:
+    import functools
+
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(functools.partial(original, self), args, kwargs)
+
+    return step
+
+
+def first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "sample"):
+        return output.sample
+    return output[0]
+
+
+def split(layouts: tuple[str, ...], calls: list[Tensor], model_output: Tensor) -> Step:
+    """Cut a step's outputs as the one layout says that fits their number."""
+    for layout in layouts:
+        doubled, pattern = layout.startswith("("), layout.strip("()").split("|")
+        samples = len(model_output) // 2 if doubled else len(model_output)
+        if len(pattern) == len(calls) and all(len(call) == samples * len(part) for call, part in zip(calls, pattern, strict=True)):
+            found = {}
+            for call, part in zip(calls, pattern, strict=True):
+                for letter, chunk in zip(part, call.chunk(len(part)), strict=True):
+                    found.setdefault(letter, chunk)
+            return Step(crop(found["c"], model_output), crop(found["u"], model_output) if "u" in found else None)
+    raise AssertionError(f"none of the layouts {layouts} fits calls of {[tuple(call.shape) for call in calls]} for {tuple(model_output.shape)}")
+
+
+def crop(values: Tensor, model_output: Tensor) -> Tensor:
+    """Without the channels of a learned variance: images whose output has more channels than latents (4, or 3 for pixels)."""
+    if values.ndim == 4 and values.shape[1] in (6, 8):
+        return values[:, : values.shape[1] // 2]
+    if values.ndim == 3 and model_output.ndim == 3 and values.shape[1] > model_output.shape[1]:
+        return values[:, : model_output.shape[1]]
+    return values
