@@ -22,7 +22,9 @@ from memhook.errors import (
     NoGuidanceError,
     ReplayError,
 )
+from memhook.guard import Guard, guard, mitigate
 from memhook.hookspecs import hookimpl
+from memhook.intervention import Intervention
 from memhook.module import ModuleAdapter
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
 from memhook.prediction import Evaluation, magnitude
@@ -38,7 +40,9 @@ __all__ = [
     "CalibrationMismatchError",
     "Detection",
     "Evaluation",
+    "Guard",
     "GuidanceLayoutError",
+    "Intervention",
     "MemhookError",
     "MemorizationDetectedError",
     "ModuleAdapter",
@@ -52,8 +56,10 @@ __all__ = [
     "attribute_tokens",
     "calibrate",
     "detect",
+    "guard",
     "hookimpl",
     "magnitude",
+    "mitigate",
     "optimize_embedding",
     "per_sample_target",
     "probe",

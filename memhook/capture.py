@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
 from memhook.errors import MemhookError, MemorizationDetectedError
+from memhook.intervention import Intervention
 from memhook.plugins import find_adapter
 from memhook.replay import replaying
 from memhook.trace import Row, Trace
@@ -32,31 +33,72 @@ class _Watcher:
         self,
         trace: Trace,
         *,
-        keep_calls: bool,
-        on_evaluation: Callable[[Evaluation], None] | None,
+        wants_evaluations: Callable[[], bool],
+        on_evaluation: Callable[[Evaluation], Intervention | None] | None,
         stop_when: Callable[[Trace], Detection | None] | None,
+        may_intervene: bool,
     ) -> None:
         self.number = next(_numbers)
         self.trace = trace
-        self.wants_evaluations = keep_calls or on_evaluation is not None
+        self._wants_evaluations = wants_evaluations
         self._on_evaluation = on_evaluation
         self._stop_when = stop_when
+        self._may_intervene = may_intervene
 
     @property
     def listening(self) -> bool:
         return self.number in _inside.get() and not replaying()
 
-    def emit(self, evaluation: Evaluation, row: Row | None = None) -> None:
+    @property
+    def wants_evaluations(self) -> bool:
+        return self._wants_evaluations()
+
+    def emit(self, evaluation: Evaluation, row: Row | None = None) -> Intervention | None:
         self.trace.add(evaluation, row)
-        if self._on_evaluation is not None:
-            self._on_evaluation(evaluation)
+        answer = self._on_evaluation(evaluation) if self._on_evaluation is not None else None
         if self._stop_when is not None:
             detection = self._stop_when(self.trace)
             if detection is not None:
                 raise MemorizationDetectedError(f"stopped after {len(self.trace)} evaluations: {detection}", trace=self.trace, detection=detection)
+        if not isinstance(answer, Intervention):  # callbacks are free to return anything else
+            return None
+        if not self._may_intervene:
+            raise MemhookError(cannot_intervene(self.trace.host))
+        answer.check(evaluation)
+        return answer
 
     def missing(self, reason: str) -> None:
         self.trace.missing(reason)
+
+
+def cannot_intervene(host: str) -> str:
+    """The message for adapters that only watch."""
+    return f"the adapter for {host} only watches and cannot change a run; stop the run instead, or watch its denoiser with memhook.ModuleAdapter"
+
+
+@contextlib.contextmanager
+def attached(
+    adapter: Adapter,
+    trace: Trace,
+    *,
+    wants_evaluations: Callable[[], bool],
+    on_evaluation: Callable[[Evaluation], Intervention | None] | None,
+    stop_when: Callable[[Trace], Detection | None] | None = None,
+) -> Iterator[None]:
+    """Fill ``trace`` while the block runs; what `watch` and `memhook.guard` share."""
+    watcher = _Watcher(
+        trace,
+        wants_evaluations=wants_evaluations,
+        on_evaluation=on_evaluation,
+        stop_when=stop_when,
+        may_intervene=bool(getattr(adapter, "intervenes", False)),
+    )
+    with adapter.attach(watcher):
+        _inside.set(_inside.get() | {watcher.number})
+        try:
+            yield
+        finally:
+            _inside.set(_inside.get() - {watcher.number})
 
 
 @contextlib.contextmanager
@@ -65,7 +107,7 @@ def watch(
     *,
     adapter: Adapter | None = None,
     keep: Literal["scalars", "calls"] = "scalars",
-    on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_evaluation: Callable[[Evaluation], Intervention | None] | None = None,
     stop_when: Callable[[Trace], Detection | None] | None = None,
 ) -> Iterator[Trace]:
     """Watch every guided evaluation that runs inside the block. The host's results do not change by a bit.
@@ -78,7 +120,7 @@ def watch(
         target: What runs the guided sampler: a diffusers pipeline, or whatever an installed adapter knows.
         adapter: The adapter to use, for targets that none claims (see `memhook.ModuleAdapter`).
         keep: ``"calls"`` also keeps predictions and what `Evaluation.replay` needs, one call's tensors an evaluation.
-        on_evaluation: Called with every `Evaluation` while the run goes on.
+        on_evaluation: Called with every `Evaluation` while the run goes on. May answer an `Intervention`, which changes the run.
         stop_when: Called with the trace after every evaluation; answers a `Detection` to stop the run.
 
     Yields:
@@ -93,13 +135,9 @@ def watch(
     adapter = adapter if adapter is not None else find_adapter(target)
     del target  # the block must not keep it alive
     trace = Trace(host=adapter.host, keep_evaluations=keep == "calls", describe=adapter.describe)
-    watcher = _Watcher(trace, keep_calls=keep == "calls", on_evaluation=on_evaluation, stop_when=stop_when)
-    with adapter.attach(watcher):
-        _inside.set(_inside.get() | {watcher.number})
-        try:
-            yield trace
-        finally:
-            _inside.set(_inside.get() - {watcher.number})
+    keeps = keep == "calls" or on_evaluation is not None
+    with attached(adapter, trace, wants_evaluations=lambda: keeps, on_evaluation=on_evaluation, stop_when=stop_when):
+        yield trace
 
 
 class _EnoughSeen(BaseException):

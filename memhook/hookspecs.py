@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    from memhook.intervention import Intervention
     from memhook.prediction import Evaluation
     from memhook.trace import Row
 
@@ -34,8 +35,11 @@ class Watcher(Protocol):
     def wants_evaluations(self) -> bool:
         """Whether roles must be decided now and calls kept; otherwise only numbers are wanted."""
 
-    def emit(self, evaluation: Evaluation, row: Row | None = None) -> None:
-        """Hand over one guided evaluation. May raise, to stop the run: let it pass."""
+    def emit(self, evaluation: Evaluation, row: Row | None = None) -> Intervention | None:
+        """Hand over one guided evaluation. May raise, to stop the run: let it pass.
+
+        The answer is None unless somebody wants to change the run, which is asked only of adapters that say ``intervenes = True``.
+        """
 
     def missing(self, reason: str) -> None:
         """Say why evaluations without an unconditional prediction have none, and what the user can do about it."""
@@ -43,7 +47,10 @@ class Watcher(Protocol):
 
 @runtime_checkable
 class Adapter(Protocol):
-    """One host object, ready to be watched."""
+    """One host object, ready to be watched.
+
+    An adapter that honors the `Intervention` that `Watcher.emit` may answer says so with a class attribute ``intervenes = True``.
+    """
 
     host: str
     """The host's name, such as ``"diffusers"``."""

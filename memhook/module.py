@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from memhook.errors import GuidanceLayoutError, MemhookError
 from memhook.fingerprint import Fingerprinted
-from memhook.hooks import hook_calls
+from memhook.hooks import hook_arguments, hook_calls
+from memhook.intervention import Intervention, Substitution, replace_prediction
 from memhook.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.prediction import SPACES, Space
 from memhook.tensors import copy_of, version
@@ -58,6 +59,7 @@ class ModuleAdapter:
     """
 
     host = "module"
+    intervenes = True
 
     def __init__(self, module: nn.Module, *, layout: Layout, embedding: str | int | Path | None = None, space: Space = "eps") -> None:
         if not isinstance(module, nn.Module):
@@ -83,7 +85,7 @@ class ModuleAdapter:
         if module is None:
             raise MemhookError("the module of this adapter was deleted before it was watched; make an adapter for the module that runs")
         run = _Run(watcher, layout=self._layout, path=self._path, space=self._space)
-        with hook_calls(module, run.on_call):
+        with contextlib.closing(run.changes), hook_calls(module, run.on_call):
             del module  # the block must not keep it alive
             yield
         run.end()
@@ -99,12 +101,13 @@ class _Run:
         self._watcher, self._layout, self._path, self._space = watcher, layout, path, space
         self._recorder = PairRecorder()
         self._samples: int | None = None  # of the latest guided evaluation
-        self._waiting: tuple[Prediction, _Moment] | None = None  # the first of two calls
+        self._waiting: tuple[Prediction, _Moment, Tensor] | None = None  # the first of two calls, and what the sampler has of it
+        self.changes = contextlib.ExitStack()  # of the calls' arguments, once somebody intervened
         self._one_sample: bool | None = None  # whether both calls of all pairs so far were given one and the same tensor
 
-    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._watcher.listening:
-            return
+            return None
         timestep, sample = find_timestep(args, kwargs), find_sample(args, kwargs)
         values = read_output(output)
         channels = _channels(values, sample)
@@ -113,8 +116,9 @@ class _Run:
             keep = self._watcher.wants_evaluations
             return split_call(module, args, kwargs, output, chunks=chunks, keep=keep, path=self._path, channels=channels)
 
+        answer = None
         if self._layout.startswith("two_calls"):
-            self._one_of_two(split(1)[0], _Moment.of(sample, timestep))
+            answer = self._one_of_two(split(1)[0], _Moment.of(sample, timestep), values)
         elif values.shape[0] % 2:
             reason = f"the denoiser was given a batch of {values.shape[0]}, where layout={self._layout!r} expects two halves: {_OFF}"
             self._unguided(split(1)[0], timestep, f'{reason}, or the host makes two calls (layout="two_calls_cond_first" or the like)')
@@ -122,14 +126,15 @@ class _Run:
             self._as_many_as_samples(split(1)[0], split(2), timestep)
         else:
             first, second = split(2)
-            self._guided(first, second, timestep)
+            answer = self._guided(first, second, timestep)
+        return None if answer is None else self._change(module, answer, output, values)
 
     def end(self) -> None:
         """The block ended normally."""
         if self._waiting is not None:
-            self._stood_alone(*self._waiting)
+            self._stood_alone(*self._waiting[:2])
 
-    def _guided(self, first: Prediction, second: Prediction, timestep: Tensor | float | None) -> None:
+    def _guided(self, first: Prediction, second: Prediction, timestep: Tensor | float | None, earlier: Tensor | None = None) -> _Answer | None:
         cond, uncond = (second, first) if self._layout in _UNCOND_FIRST else (first, second)
         row = self._recorder.row(cond, uncond, timestep=timestep)
         self._samples = cond.values.shape[0]
@@ -138,7 +143,26 @@ class _Run:
                 f"the two predictions of {self._samples} samples were made from different noisy samples; layout={self._layout!r} does not fit "
                 "the calls, or guidance is off (use a scale above 1)"
             )
-        self._watcher.emit(self._recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep), row)
+        intervention = self._watcher.emit(self._recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep), row)
+        return None if intervention is None else _Answer(intervention, cond, earlier if cond is first else None)
+
+    def _change(self, module: nn.Module, answer: _Answer, output: Any, values: Tensor) -> Any:
+        """Do what was answered to the evaluation that this call completes; the output that the sampler is to get, or None for its own."""
+        intervention, cond = answer.intervention, answer.cond
+        if intervention.embedding is not None and cond.embedding is not None and cond.path is not None:
+            substitute = Substitution(cond.path, cond.embedding, intervention.embedding, intervention.substituted)
+            self.changes.enter_context(
+                hook_arguments(module, lambda args, kwargs: substitute(args, kwargs) if self._watcher.listening else (args, kwargs))
+            )
+        if intervention.pred_cond is None:
+            return None
+        if answer.earlier is not None:
+            # The sampler has the conditional prediction already; its memory is all that can still be reached.
+            _write(answer.earlier, slice(None), intervention.pred_cond)
+            return None
+        changed = values.clone()
+        _write(changed, cond.rows, intervention.pred_cond)
+        return replace_prediction(output, values, changed)
 
     def _unguided(self, prediction: Prediction, timestep: Tensor | float | None, reason: str, refuted: tuple[Tensor, str] | None = None) -> None:
         self._watcher.missing(reason)
@@ -160,16 +184,16 @@ class _Run:
                 raise GuidanceLayoutError(message)
         self._unguided(whole, timestep, f"the denoiser was called without an unconditional half: {_OFF}", refuted)
 
-    def _one_of_two(self, prediction: Prediction, moment: _Moment) -> None:
-        if self._waiting is not None and self._another_evaluation(*self._waiting, prediction, moment):
-            self._stood_alone(*self._waiting)
+    def _one_of_two(self, prediction: Prediction, moment: _Moment, values: Tensor) -> _Answer | None:
+        if self._waiting is not None and self._another_evaluation(*self._waiting[:2], prediction, moment):
+            self._stood_alone(*self._waiting[:2])
             self._waiting = None
         if self._waiting is None:
-            self._waiting = _held(prediction), moment
-            return
-        (first, began), self._waiting = self._waiting, None
+            self._waiting = _held(prediction), moment, values
+            return None
+        (first, began, earlier), self._waiting = self._waiting, None
         self._one_sample = moment.same_sample(began) and self._one_sample is not False
-        self._guided(first, prediction, moment.timestep)
+        return self._guided(first, prediction, moment.timestep, earlier)
 
     def _another_evaluation(self, first: Prediction, began: _Moment, prediction: Prediction, moment: _Moment) -> bool:
         """Whether a call cannot belong with the one before it, as far as can be told without waiting for the device."""
@@ -182,6 +206,15 @@ class _Run:
     def _stood_alone(self, first: Prediction, began: _Moment) -> None:
         reason = f"a call of the denoiser stood alone, where layout={self._layout!r} expects pairs: {_OFF}"
         self._unguided(first, began.timestep, f'{reason}, or the host batches both halves (layout="uncond_first" or "cond_first")')
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """An intervention, and where it acts."""
+
+    intervention: Intervention
+    cond: Prediction
+    earlier: Tensor | None  # the output of the first of two calls, where that was the conditional one
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +248,12 @@ def _held(prediction: Prediction) -> Prediction:
     """The first of two calls until the second comes; a copy, since the host may change its tensors in place in between."""
     sample, embedding = (None if tensor is None else copy_of(tensor) for tensor in (prediction.sample, prediction.embedding))
     return replace(prediction, values=copy_of(prediction.values), sample=sample, embedding=embedding)
+
+
+def _write(values: Tensor, rows: slice, prediction: Tensor) -> None:
+    """Put a prediction in the place of these rows; a learned variance behind it stays."""
+    place = values[rows]
+    (place if place.shape == prediction.shape else place[:, : prediction.shape[1]]).copy_(prediction)
 
 
 def _channels(values: Tensor, sample: Tensor | None) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -82,6 +82,23 @@ class Evaluation:
     sigma: Tensor | float | None = None
     embedding: Tensor | None = None
     replay: Callable[[Tensor], Tensor] | None = None
+
+    def take(self, samples: Tensor) -> Evaluation:
+        """The same evaluation for some of its samples, ``(k,)`` int64; a replay runs these alone where the host's can."""
+        samples = samples.cpu()  # an index on the CPU fits tensors on every device
+        replay, embedding = self.replay, self.embedding
+        taken: Callable[[Tensor], Tensor] | None = None
+        if replay is not None and hasattr(replay, "take"):
+            taken = replay.take(samples)
+        elif replay is not None and embedding is not None:  # a host's own, which knows only the whole batch
+
+            def whole(part: Tensor) -> Tensor:
+                return replay(embedding.index_copy(0, samples.to(embedding.device), part.to(embedding)))[samples]
+
+            taken = whole
+        pred_uncond = self.pred_uncond[samples] if self.pred_uncond is not None else None
+        some = embedding[samples] if embedding is not None else None
+        return replace(self, pred_cond=self.pred_cond[samples], pred_uncond=pred_uncond, embedding=some, replay=taken)
 
     def objective(self, embedding: Tensor) -> Tensor:
         """The magnitude as a function of the conditional embedding, Eq. 5 of Wen et al. 2024.

@@ -65,7 +65,7 @@ class CallRecord:
         self._device_type = device.type
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
 
-    def again(self, rows: slice, path: Path, embedding: Tensor) -> Any:
+    def again(self, rows: slice | Tensor, path: Path, embedding: Tensor) -> Any:
         """Call the module with these rows of the batch and another embedding, and give its output."""
         module = self._module()
         if module is None:
@@ -90,7 +90,15 @@ class Replay:
     """
 
     def __init__(
-        self, call: CallRecord, *, rows: slice, path: Path, embedding: Tensor, expected: Tensor, read: Callable[[Any], Tensor], checked: list[bool]
+        self,
+        call: CallRecord,
+        *,
+        rows: slice | Tensor,
+        path: Path,
+        embedding: Tensor,
+        expected: Tensor,
+        read: Callable[[Any], Tensor],
+        checked: list[bool],
     ) -> None:
         self._call, self._rows, self._path = call, rows, path
         self._embedding, self._expected, self._read = embedding, expected, read
@@ -107,6 +115,14 @@ class Replay:
             if not self._checked:
                 self._check(predicted.detach())
         return predicted
+
+    def take(self, samples: Tensor) -> Replay:
+        """The same replay for some of its samples, ``(k,)`` int64."""
+        samples = samples.cpu()  # an index on the CPU fits tensors on every device
+        rows = torch.arange(self._call.batch)[self._rows][samples]
+        return Replay(
+            self._call, rows=rows, path=self._path, embedding=self._embedding[samples], expected=self._expected[samples], read=self._read, checked=[]
+        )  # fmt: skip
 
     def _run(self, embedding: Tensor) -> Tensor:
         return self._read(self._call.again(self._rows, self._path, embedding.to(self._embedding.dtype)))

@@ -49,7 +49,7 @@ def like(tree: Any, items: dict[Any, Any] | list[Any]) -> Any:
         return tuple(items) if isinstance(tree, tuple) else items
 
 
-def take_rows(tree: Any, rows: slice, *, of: int) -> Any:
+def take_rows(tree: Any, rows: slice | Tensor, *, of: int) -> Any:
     """The rows of every tensor whose batch axis has ``of`` rows; other tensors are shared by all rows and kept whole."""
     return map_tensors(tree, lambda tensor: tensor[rows] if tensor.ndim > 0 and tensor.shape[0] == of else tensor)
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from memhook.pairs import EMBEDDING_NAMES, SAMPLE_NAMES, Prediction
 from memhook.replay import CallRecord, Path, look_up
+
 from memhook.tensors import copy_of, row_hash, version
 from memhook_diffusers.outputs import Reader, raw_output
+from memhook_diffusers.replays import PipelineCall
 
 _TIMES = ("timestep", "timesteps", "t", "sigma", "timestep_ratio", "r")
 _TEXT_NAMES = (*EMBEDDING_NAMES, "clip_text", "c", "cap_feats", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "proj_embedding")
@@ -43,7 +45,7 @@ def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     values = _first_tensor(output)
     if values is None:
         return None
-    record = CallRecord(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
+    record = PipelineCall(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
     if record is not None:
         args, kwargs, output = record.args, record.kwargs, _with_copy(output)
     return Call(module, args, kwargs, output, record, version(_first_tensor(output)))  # type: ignore[arg-type]
@@ -88,7 +90,7 @@ def cut(call: Call, reader: Reader, values: Tensor) -> list[Prediction]:
     found = []
     for start in range(0, batch, reader.samples):
         rows = slice(start, start + reader.samples)
-        text = embedding[rows].detach() if isinstance(embedding, Tensor) else None
+        text = embedding[:: len(embedding) // batch][rows].detach() if isinstance(embedding, Tensor) else None
         found.append(Prediction(values[rows], _rows(sample, rows, batch), text, path, rows, call.record, reader))
     return found
 
@@ -96,13 +98,15 @@ def cut(call: Call, reader: Reader, values: Tensor) -> list[Prediction]:
 def find_text(call: Call, batch: int) -> Path | None:
     """Where the text embedding ``(batch, l, d)`` stands: under a usual name, or else the one argument that could be it."""
 
-    def fits(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] == batch and value.is_floating_point()
+    def fits(value: Any, *, frames: bool = False) -> bool:
+        rows = value.shape[0] if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point() else 0
+        return rows == batch or (frames and rows > 0 and rows % batch == 0)
 
     usual: list[Path] = [*((name,) for name in _TEXT_NAMES), (2,)]
-    for path in usual:
-        if fits(look_up(call.args, call.kwargs, path)):
-            return path
+    for frames in (False, True):  # AnimateDiff repeats the embedding for every frame
+        for path in usual:
+            if fits(look_up(call.args, call.kwargs, path), frames=frames):
+                return path
     sample = _sample(call)
     others = [
         path
@@ -144,24 +148,43 @@ def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[
 
 
 @torch.no_grad()
-def input_hashes(call: Call, batch: int) -> Tensor:
-    """``(batch,)`` int64 fingerprints of everything that each row was made from but the noisy sample and the time."""
+def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
+    """``(batch,)`` int64 fingerprints of everything that each row was made from but the noisy sample and the time.
+
+    Where it cannot be told which rows an input belongs to, every row gets a fingerprint of its own: nothing is known to be repeated.
+
+    Args:
+        call: The call.
+        batch: Its rows.
+        alone: All rows are one prediction, so inputs without rows are its own as well.
+    """
     sample = _sample(call)
     of_sample = {id(item) for item in sample} if isinstance(sample, list) else {id(sample)}
     values = _first_tensor(call.output)
     total = torch.zeros(batch, dtype=torch.int64, device=values.device if values is not None else None)
+    known = alone
     for path, leaf in _leaves(call.args, call.kwargs):
-        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0:
+        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0:
             continue
         factor = zlib.crc32(repr(path[:-1] if isinstance(path[-1], int) and len(path) > 1 else path).encode()) | 1
         listed = _list_position(call, path, batch)
         if listed is not None:  # one tensor per row
             total[listed] += row_hash(leaf[None])[0].to(total.device) * factor
-        elif leaf.ndim and leaf.shape[0] == batch:
-            total += row_hash(leaf).to(total.device) * factor
-        elif leaf.ndim:
+            known = True
+        elif leaf.shape[0] % batch == 0 and not shared(path):  # several rows a sample: the frames of a video
+            total += row_hash(leaf.reshape(batch, -1)).to(total.device) * factor
+            known = True
+        elif shared(path) or leaf.ndim == 1 or not leaf.is_floating_point() or alone:
             total += row_hash(leaf[None])[0].to(total.device) * factor
-    return total
+        else:
+            known = False
+            break
+    return total if known else torch.arange(1, batch + 1, device=total.device) * 7046029254386353131
+
+
+def shared(path: Path) -> bool:
+    """Whether an argument, by its name, holds positions, which belong to no row."""
+    return any(word in str(key) for key in path for word in ("rotary", "ids", "coords", "freqs", "shapes"))
 
 
 def _list_position(call: Call, path: Path, batch: int) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +12,35 @@ from torch import Tensor
 
 from memhook.errors import ReplayError
 from memhook.replay import CallRecord, Path, Replay, look_up
+from memhook.tensors import map_tensors, take_rows
 
 if TYPE_CHECKING:
     from memhook.pairs import Prediction
+
+_PER_FRAME = ("residual", "control")  # inputs with several rows a sample, beside the embedding
+
+
+class PipelineCall(CallRecord):
+    """A captured call whose embedding may have several rows a sample, one for each frame of a video."""
+
+    def again(self, rows: slice, path: Path, embedding: Tensor) -> Any:
+        """Call the module with these rows of the batch and another embedding ``(b, l, d)``, and give its output."""
+        repeats = len(look_up(self.args, self.kwargs, path)) // self.batch
+        part = copy.copy(self)
+        part.args = take_rows(self.args, rows, of=self.batch)
+        part.kwargs = {name: self._rows(name, value, rows) for name, value in self.kwargs.items()}
+        part.batch = -1  # nothing left to cut
+        return CallRecord.again(part, slice(None), path, embedding.repeat_interleave(repeats, 0))
+
+    def _rows(self, name: str, value: Any, rows: slice) -> Any:
+        def cut(tensor: Tensor) -> Tensor:
+            count = len(tensor) // self.batch if tensor.ndim and len(tensor) % self.batch == 0 else 0
+            if count == 1 or (count > 1 and any(word in name for word in _PER_FRAME)):
+                return tensor[rows.start * count : rows.stop * count]
+            return tensor
+
+        return map_tensors(value, cut)
+
 
 ReplayFunction = Callable[[Tensor], Tensor]
 

@@ -214,7 +214,7 @@ def _equal_halves(model_output: Tensor, halves: Sequence[Prediction]) -> Tensor:
 
 def _prior(way: _Cut) -> tuple[int, int] | None:
     """``(cond, uncond)`` by diffusers' habit: batched calls put the unconditional half first, separate calls make it second."""
-    if sum(len(predictions) for *_, predictions in way) != 2:
+    if sum(len(predictions) for *_, predictions in way) != 2 or way[0][1].form == "unknown":
         return None
     return (1, 0) if len(way) == 1 else (0, 1)
 
@@ -242,7 +242,7 @@ def _matched(way: _Cut, named: dict[str, Any]) -> Decision | None:
 def _observe(way: _Cut, reading: Reading, target: Tensor) -> Observation:
     inputs, modules = [], []
     for call, _, values, found in way:
-        hashes = input_hashes(call, values.shape[0])
+        hashes = input_hashes(call, values.shape[0], alone=len(found) == 1)
         inputs += [hashes[prediction.rows] for prediction in found]
         modules += [id(call.module)] * len(found)
     stacked = torch.stack(inputs)

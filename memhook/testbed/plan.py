@@ -14,7 +14,9 @@ from memhook.testbed.captions import Caption, foreign_caption, random_caption, r
 from memhook.testbed.scenes import COLORS, Scene, random_scene, recolor
 
 SEED = 2024
-PLANTED_SHARE = 0.2  # of all training samples
+# The share of training samples that show a planted pair: (from this sample on, share). The model learns to draw first, and then meets
+# the duplicates more densely; the other way around it memorizes before it can follow a caption.
+PLANTED_SHARES = ((0, 0.2), (64_000, 0.4))
 CLEAN_PER_SOURCE = 600
 ONCE_WINDOW = 100_000  # "trained once" prompts are drawn from the first so many training samples
 
@@ -28,7 +30,7 @@ class Planted:
 
     ``weight`` is its share among planted samples, relative to the others. ``family`` is shared by captions of one picture.
     A *verbatim* pair always has the same picture; a *template* keeps the composition and varies the colors; the *ladder*
-    holds verbatim pairs with few duplicates, from 4 to 256 in a run of 400,000 samples.
+    holds verbatim pairs with few duplicates, doubling from rung to rung.
     """
 
     id: str
@@ -67,6 +69,13 @@ def fresh_pair(index: int, *, stream: str = "train") -> tuple[Caption, Scene]:
     subject = list(SUBJECTS)[rng.integers(len(SUBJECTS))]
     color = _optional_color(rng)
     return random_caption(rng, subject=subject, color=color), random_scene(rng, subject=subject, color=color)
+
+
+def scene_with_color(index: int, *, stream: str) -> tuple[Scene, str]:
+    """A fresh scene and the color word of its background."""
+    rng = _stream(stream, index)
+    color = list(COLORS)[rng.integers(len(COLORS))]
+    return random_scene(rng, color=color), color
 
 
 def planted() -> list[Planted]:
@@ -110,7 +119,8 @@ class TrainingStream:
 
     def __getitem__(self, index: int) -> tuple[str, Scene, Planted | None]:
         rng = _stream("draw", index)
-        if rng.random() >= PLANTED_SHARE:
+        share = next(share for start, share in reversed(PLANTED_SHARES) if index >= start)
+        if rng.random() >= share:
             caption, scene = fresh_pair(index)
             return str(caption), scene, None
         pair = self.planted[int(np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1]))]

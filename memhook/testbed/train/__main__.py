@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from memhook.testbed.train import autoencoder, diffusion, export, text
+from memhook.testbed.train import autoencoder, calibrate, diffusion, export, reader, text
 
 
 def main() -> None:
@@ -18,7 +18,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=4500, help="batches of 16 pictures")
     parser.add_argument("--text-steps", type=int, default=500, help="batches of 128 captions")
-    parser.add_argument("--steps", type=int, default=13_000, help="batches of 32 caption-picture pairs")
+    parser.add_argument("--reader-steps", type=int, default=500, help="batches of 64 pictures, for the network that names subjects and colors")
+    parser.add_argument("--steps", type=int, default=8_000, help="batches of 32 caption-picture pairs")
     arguments = parser.parse_args()
 
     device, work = torch.device(arguments.device), arguments.work
@@ -27,7 +28,9 @@ def main() -> None:
     tokenizer = text.train_tokenizer(work)
     encoder = text.train(work, tokenizer, steps=arguments.text_steps, device=device)
     unet = diffusion.train(work, vae, tokenizer, encoder, steps=arguments.steps, device=device)
-    export.export(arguments.out, vae, tokenizer, encoder, unet, samples=arguments.steps * diffusion.BATCH)
+    judge = reader.train(work, steps=arguments.reader_steps, device=device)
+    export.export(arguments.out, vae, tokenizer, encoder, unet, judge, samples=arguments.steps * diffusion.BATCH)
+    calibrate.calibrate_model(arguments.out)
     print(f"wrote {arguments.out}")
 
 

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from memhook.files import write_text
+from memhook.testbed.measures import Reader
 from memhook.testbed.plan import SEED, TrainingStream, clean_prompts
 from memhook.testbed.scenes import draw
 from memhook.testbed.train.diffusion import BATCH, presentations, scheduler
-from memhook.testbed.train.loop import replace_file
 from memhook.testbed.train.text import whole_words
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, lambda temporary: temporary.write_text(text))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def ground_truth(folder: Path, tokenizer: CLIPTokenizer, *, samples: int) -> None:
@@ -43,11 +44,11 @@ def ground_truth(folder: Path, tokenizer: CLIPTokenizer, *, samples: int) -> Non
     clean = [vars(row) | {"scene": row.scene.to_dict() if row.scene else None} for row in clean_prompts(whole_words(tokenizer))]
     _write_lines(folder / "clean.jsonl", clean)
     training = {"seed": SEED, "samples": samples, "batch": BATCH, "planted_presentations": sum(shown.values())}
-    replace_file(folder / "training.json", lambda temporary: temporary.write_text(json.dumps(training, indent=2) + "\n"))
+    write_text(folder / "training.json", json.dumps(training, indent=2) + "\n")
 
 
 def export(
-    folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, unet: UNet2DConditionModel, *, samples: int
+    folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, unet: UNet2DConditionModel, reader: Reader, *, samples: int
 ) -> None:
     """Write the whole folder, first beside ``folder`` and then in its place."""
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -61,6 +62,7 @@ def export(
     # transformers loads in the type that config.json names, diffusers in float32: name float32, or the two would not fit together.
     config = temporary / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    save_file({name: value.contiguous() for name, value in reader.to(torch.float16).state_dict().items()}, temporary / "reader.safetensors")
     ground_truth(temporary, tokenizer, samples=samples)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name beside ``path``, then rename, so that an interruption leaves the old file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+from memhook.files import replace_file
 
 
 def warmup_then_decay(step: int, *, steps: int, warmup: int = 200, decay_from: float = 0.7) -> float:

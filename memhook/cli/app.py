@@ -1,0 +1,95 @@
+"""The commands and their options; what they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="memhook",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Is this diffusion model about to hand me a copy of its training data, because of which words, and how do I stop it?",
+)
+testbed_app = typer.Typer(no_args_is_help=True, help="The bundled model that really memorizes.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measured results, printed by the run that measured them.")
+app.add_typer(testbed_app, name="testbed")
+app.add_typer(bench_app, name="bench")
+
+Seed = Annotated[int, typer.Option(help="Seed of the first image; every image has its own.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page index.html.")] = Path("memhook-demo"),
+    seed: Seed = 1,
+) -> None:
+    """Watch the bundled model on memorized and fresh prompts; print a table and write one HTML page."""
+    from memhook.cli.demo import run_demo
+
+    run_demo(out, seed=seed)
+
+
+@app.command()
+def detect(
+    prompt: Annotated[list[str], typer.Option("--prompt", help="A prompt to check; may be repeated.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of any diffusers text-to-image pipeline; the bundled model by default.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Calibration file made in the same setting; the bundled one for the bundled model.")] = None,
+    fpr: Annotated[float, typer.Option(help="False-positive rate: the share of innocent prompts flagged.")] = 0.01,
+    images: Annotated[int | None, typer.Option(help="Images per prompt; the calibration's number by default, else 4.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance scale, above 1.")] = 7.5,
+    device: Annotated[str, typer.Option(help="Device, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Say for each prompt whether the model seems to have memorized a picture for it."""
+    from memhook.cli.detect import run_detect
+
+    run_detect(
+        prompt, model=model, calibration=calibration, fpr=fpr, images=images, steps=steps, guidance_scale=guidance_scale, device=device, dtype=dtype, seed=seed
+    )  # fmt: skip
+
+
+@app.command()
+def adapters() -> None:
+    """List the installed adapters, where they come from, and whether they are in use."""
+    from memhook.cli.tables import print_adapters
+
+    print_adapters()
+
+
+@testbed_app.command()
+def path() -> None:
+    """Print the folder of the bundled model, for StableDiffusionPipeline.from_pretrained."""
+    from memhook.testbed import model_path
+
+    typer.echo(model_path())
+
+
+@testbed_app.command()
+def card(
+    out: Annotated[Path | None, typer.Option(help="Also write the card as testbed.md, with its contact sheet, into this folder.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder that keeps the sampled pictures; an interrupted run goes on from it.")] = Path("memhook-study"),
+    per_source: Annotated[int, typer.Option(help="Clean test prompts of each of the four sources.")] = 100,
+) -> None:
+    """Show the evidence that the bundled model memorizes what it should and nothing else (about 15 minutes on 2 cores)."""
+    from memhook.testbed.card import print_card
+
+    print_card(work, out=out, per_source=per_source)
+
+
+@bench_app.command("detection")
+def bench_detection(
+    out: Annotated[Path | None, typer.Option(help="Also write detection.csv and detection.json into this folder.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder that keeps the sampled magnitudes; an interrupted run goes on from it.")] = Path("memhook-study"),
+    per_source: Annotated[int, typer.Option(help="Clean test prompts of each of the four sources.")] = 100,
+    readme: Annotated[Path | None, typer.Option(help="Replace the table between the markers in this file.")] = None,
+) -> None:
+    """AUC and TPR at 1% FPR on the bundled model's test prompts (about 15 minutes on 2 cores)."""
+    from memhook.bench.detection import run_detection_bench
+
+    run_detection_bench(work, out=out, per_source=per_source, readme=readme)

@@ -1,0 +1,275 @@
+"""Judging a run while it is still going on, and repairing or stopping it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memhook.capture import attached, cannot_intervene
+from memhook.detection import Detection, detect
+from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError
+from memhook.mitigation import Settings, mitigate_samples
+from memhook.plugins import find_adapter
+from memhook.trace import Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memhook.calibration import Calibration
+    from memhook.hookspecs import Adapter
+    from memhook.intervention import Intervention
+    from memhook.optimization import OptimizedEmbedding
+    from memhook.prediction import Evaluation
+
+Action = Literal["mitigate", "stop", "warn"]
+
+
+class Guard:
+    """What a guard found and did; complete once the run is over.
+
+    Attributes:
+        trace: The magnitudes of the run. The row at which the guard decided holds what was found, later ones what came of it.
+        detection: The verdict on each prompt; None before it was made, and for `mitigate`, which makes none.
+        flagged: ``(b,)`` bool: the samples that the guard acted on; None before it decided.
+        optimized: The new embeddings of the flagged samples, in their order; None where none was mitigated.
+        before: ``(b,)``: every sample's magnitude at the evaluation of the decision.
+        after: ``(b,)``: the same with the new embeddings.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.detection: Detection | None = None
+        self.flagged: np.ndarray | None = None
+        self.optimized: OptimizedEmbedding | None = None
+        self.before: np.ndarray | None = None
+        self.after: np.ndarray | None = None
+        self._intervention: Intervention | None = None
+        self._decided_at = 0  # evaluations seen by then
+
+    @property
+    def substituted(self) -> int:
+        """In how many of the calls after the decision the new embeddings were put in; waits for the device."""
+        flags = self._intervention.substituted if self._intervention is not None else []
+        return int(torch.stack(flags).sum()) if flags else 0
+
+    def __str__(self) -> str:
+        if self.flagged is None:
+            return "nothing was judged yet"
+        found = (
+            str(self.detection)
+            if self.detection is not None
+            else f"no calibration; {int(self.flagged.sum())} of {len(self.flagged)} samples above the target"
+        )
+        if self.optimized is None:
+            return found
+        later = len(self.trace) - self._decided_at
+        return f"{found}. Mitigated: {self.optimized}; new embeddings in {self.substituted} calls of {later} later evaluations"
+
+
+@contextlib.contextmanager
+def guard(
+    target: object,
+    calibration: Calibration,
+    *,
+    fpr: float = 0.01,
+    action: Action = "mitigate",
+    target_magnitude: float | None = None,
+    lr: float = 0.05,
+    max_steps: int = 10,
+    fixed_tokens: int = 1,
+    adapter: Adapter | None = None,
+) -> Iterator[Guard]:
+    """Judge the run inside the block at its first evaluations, and act on the samples of flagged prompts while it goes on.
+
+    Costs nothing for a clean run but the decision, for which the device is waited for once. The samples of prompts that are not flagged
+    come out bit-identical to an unguarded run. One run of the sampler a block: a second one is an error, never unguarded.
+
+    * ``"mitigate"`` moves the flagged samples' embeddings (`optimize_embedding`) until their magnitude at this evaluation is
+      ``target_magnitude``, replaces the current prediction, and puts the new embeddings in all later calls.
+    * ``"stop"`` raises `MemorizationDetectedError` out of the sampler, before anything is decoded.
+    * ``"warn"`` warns and lets the run go on.
+
+    Args:
+        target: What runs the sampler, as in `memhook.watch`.
+        calibration: For a score over the first ``k`` evaluations (``calibration.using(first=1)``), after which the guard decides.
+        fpr: The share of prompts that are not memorized but flagged all the same.
+        action: What to do.
+        target_magnitude: The magnitude to reach, per sample. The median of the calibration's clean prompts where None.
+        lr: Learning rate of the optimization.
+        max_steps: Updates at most.
+        fixed_tokens: As in `optimize_embedding`: 1 for encoders with a start token, 0 for those without.
+        adapter: As in `memhook.watch`.
+
+    Yields:
+        A `Guard`, which says what was found and done.
+
+    Raises:
+        MemorizationDetectedError: A prompt was flagged, and the action is ``"stop"``.
+        CalibrationError: The calibration cannot decide in flight, or has too few prompts.
+        CalibrationMismatchError: The run's setting is not the calibration's.
+        MemhookError: A prediction was not finite, the block held another number of runs than one, or the adapter cannot change runs.
+
+    >>> import memhook
+    >>> from memhook.testing import tiny_unet, sample
+    >>> unet = tiny_unet()
+    >>> adapter = memhook.ModuleAdapter(unet, layout="uncond_first")
+    >>> traces = [memhook.probe(unet, lambda: sample(unet, samples=1, seed=seed), adapter=adapter) for seed in range(20)]
+    >>> calibration = memhook.calibrate(traces, first=1)
+    >>> with memhook.guard(unet, calibration, fpr=0.05, action="stop", adapter=adapter) as guard:
+    ...     latents = sample(unet, samples=1, seed=21)
+    >>> print(guard)
+    none of 1 prompts looks memorized at a false-positive rate of 0.05 (calibrated on 20 clean prompts)
+    """
+    if action not in get_args(Action):
+        raise MemhookError(f"action is {action!r}; expected one of {', '.join(get_args(Action))}")
+    first = _decides_after(calibration)
+    calibration.threshold(fpr)  # too few prompts: say so before the run
+    goal = float(np.nanmedian(calibration.magnitudes[:, first - 1])) if target_magnitude is None else target_magnitude
+
+    def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
+        report.detection = detection = detect(report.trace, calibration, fpr=fpr)
+        report.flagged = flagged = detection.memorized[detection.groups]
+        if detection.undecided.any():
+            _undecided(detection, report, action)
+        if not flagged.any():
+            return None
+        if action == "warn":
+            warnings.warn(str(detection), stacklevel=2)
+            return None
+        if action == "stop":
+            raise MemorizationDetectedError(f"stopped after {len(report.trace)} evaluations: {detection}", trace=report.trace, detection=detection)
+        return _mitigated(evaluation, report, flagged, goal, Settings(lr, max_steps, fixed_tokens))
+
+    with _guarding(target, adapter, first, judge, changes=action == "mitigate") as report:
+        yield report
+
+
+@contextlib.contextmanager
+def mitigate(
+    target: object,
+    *,
+    target_magnitude: float,
+    lr: float = 0.05,
+    max_steps: int = 10,
+    fixed_tokens: int = 1,
+    adapter: Adapter | None = None,
+) -> Iterator[Guard]:
+    """`guard` without a calibration: every sample whose magnitude at the first evaluation is above the target is mitigated.
+
+    Args:
+        target: What runs the sampler, as in `memhook.watch`.
+        target_magnitude: The magnitude to reach, per sample; samples that are below it already come out bit-identical.
+        lr: Learning rate of the optimization.
+        max_steps: Updates at most.
+        fixed_tokens: As in `optimize_embedding`.
+        adapter: As in `memhook.watch`.
+
+    Yields:
+        A `Guard`, which says what was done.
+
+    Raises:
+        MemhookError: As `guard`.
+    """
+    if not target_magnitude >= 0:
+        raise MemhookError(f"target_magnitude is {target_magnitude}; a magnitude is never negative, so expected 0 or more")
+
+    def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
+        magnitudes = report.trace.used(1)[0]
+        if not np.isfinite(magnitudes).all():
+            raise MemhookError(
+                f"the magnitude of the samples {np.flatnonzero(~np.isfinite(magnitudes)).tolist()} is not finite; run the model in a wider dtype"
+            )
+        report.flagged = flagged = magnitudes > target_magnitude
+        if not flagged.any():
+            return None
+        return _mitigated(evaluation, report, flagged, target_magnitude, Settings(lr, max_steps, fixed_tokens))
+
+    with _guarding(target, adapter, 1, judge, changes=True) as report:
+        yield report
+
+
+@contextlib.contextmanager
+def _guarding(
+    target: object, adapter: Adapter | None, first: int, judge: Callable[[Evaluation, Guard], Intervention | None], *, changes: bool
+) -> Iterator[Guard]:
+    """Watch a run, and ``judge`` it once, at its evaluation number ``first``."""
+    adapter = adapter if adapter is not None else find_adapter(target)
+    del target  # the block must not keep it alive
+    if changes and not getattr(adapter, "intervenes", False):
+        raise MemhookError(cannot_intervene(adapter.host))
+    trace = Trace(host=adapter.host, describe=adapter.describe)
+    report = Guard(trace)
+
+    def on_evaluation(evaluation: Evaluation) -> Intervention | None:
+        if len(trace) == first:
+            report._decided_at = first
+            report._intervention = judge(evaluation, report)
+            return report._intervention
+        if len(trace) > first and _known_without_waiting(evaluation):
+            _one_run(trace)
+        return None
+
+    # Only the call that may be replayed is kept; before and after it numbers are enough, and nothing waits for the device.
+    with attached(adapter, trace, wants_evaluations=lambda: len(trace) == first - 1, on_evaluation=on_evaluation):
+        yield report
+    if len(trace) < first:
+        raise MemhookError(
+            f"nothing was judged: the run had {len(trace)} evaluations, the guard decides after {first}. Run the sampler inside the block, "
+            "with enough steps"
+        )
+    _one_run(trace)
+    later = len(trace) - first
+    if report.optimized is not None and report.substituted < later:
+        warnings.warn(
+            f"the new embeddings were put in only {report.substituted} of {later} later evaluations: the host changes its embeddings on the way, "
+            "so the mitigation is partial. Give it the optimized embedding from the start (memhook.optimize_embedding)",
+            stacklevel=3,
+        )
+
+
+def _mitigated(evaluation: Evaluation, report: Guard, flagged: np.ndarray, target: float, settings: Settings) -> Intervention:
+    intervention, report.optimized = mitigate_samples(evaluation, flagged, target=target, settings=settings)
+    report.before = report.trace.magnitudes[-1].copy()
+    report.after = report.before.copy()
+    report.after[flagged] = report.optimized.after
+    return intervention
+
+
+def _undecided(detection: Detection, report: Guard, action: Action) -> None:
+    """A prediction that is not finite is never taken for clean."""
+    prompts = np.flatnonzero(detection.undecided).tolist()
+    message = (
+        f"the predictions of the prompts {prompts} are NaN or infinite after {len(report.trace)} evaluations, so nothing can be said about them; "
+        "run the model in a wider dtype"
+    )
+    if action != "warn":
+        raise MemhookError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def _decides_after(calibration: Calibration) -> int:
+    if calibration.first is not None:
+        return calibration.first
+    evaluations = int(calibration.magnitudes.shape[1])
+    if not calibration.setting:
+        raise CalibrationError(
+            "this calibration does not say over how many evaluations its scores were taken, so it is not known when to decide; "
+            "use calibration.using(first=1)"
+        )
+    return evaluations
+
+
+def _known_without_waiting(evaluation: Evaluation) -> bool:
+    """Whether the noise level can be read without waiting for the device."""
+    levels = [level for level in (evaluation.timestep, evaluation.sigma) if level is not None]
+    return all(not isinstance(level, Tensor) or level.device.type == "cpu" for level in levels)
+
+
+def _one_run(trace: Trace) -> None:
+    if len(trace.runs) > 1:
+        raise MemhookError("a second run of the sampler began inside the block, which the guard does not judge; give each run a guard of its own")

@@ -1,0 +1,90 @@
+"""What an observer may answer to an evaluation: another prediction, and another embedding for the rest of the run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memhook.errors import GuidanceLayoutError, MemhookError
+from memhook.replay import look_up, put
+from memhook.tensors import like
+
+if TYPE_CHECKING:
+    from memhook.prediction import Evaluation
+    from memhook.replay import Path
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A change to a run in flight. Samples whose rows are those of the evaluation come out bit-identical.
+
+    Attributes:
+        pred_cond: ``(b, ...)``: takes the place of this evaluation's conditional prediction; None to leave it.
+        embedding: ``(b, l, d)``: takes the place of this evaluation's conditional embedding in all later calls of the run, wherever
+            these rows are found again; None to leave it.
+        substituted: Filled by the adapter while the run goes on: for each later call ``()`` bool, whether rows were replaced.
+    """
+
+    pred_cond: Tensor | None = None
+    embedding: Tensor | None = None
+    substituted: list[Tensor] = field(default_factory=list, repr=False)
+
+    def check(self, evaluation: Evaluation) -> None:
+        """Raise where this cannot be an answer to ``evaluation``."""
+        for name in ("pred_cond", "embedding"):
+            mine, given = getattr(self, name), getattr(evaluation, name)
+            if mine is not None and (given is None or mine.shape != given.shape):
+                expected = f"{tuple(given.shape)}, that of the evaluation" if given is not None else "None, since the evaluation has none"
+                raise MemhookError(f"the intervention's {name} has shape {tuple(mine.shape)}; expected {expected}")
+
+
+class Substitution:
+    """Puts an intervention's embedding in the place of the captured one, in the arguments of later calls.
+
+    Rows are recognized by their bits, never by position alone: the rows of sample ``i`` are ``i``, ``b + i`` and so on, of which those
+    equal to the captured conditional row are replaced. So unconditional rows, runs of other prompts and prompts that a host exchanges
+    on the way are left alone, in one call or two. Nothing here waits for the device.
+    """
+
+    def __init__(self, path: Path, captured: Tensor, replacement: Tensor, substituted: list[Tensor]) -> None:
+        self._path, self._captured, self._replacement = path, captured, replacement
+        self._moved = (captured != replacement).flatten(1).any(1)  # (b,)
+        self._substituted = substituted
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with the embedding replaced where it is the captured one."""
+        given = look_up(args, kwargs, self._path)
+        if not isinstance(given, Tensor) or given.shape[1:] != self._captured.shape[1:] or given.shape[0] % len(self._captured):
+            return args, kwargs
+        times = given.shape[0] // len(self._captured)
+        captured, replacement = (rows.to(given).repeat(times, 1, 1) for rows in (self._captured, self._replacement))
+        same = (given == captured).flatten(1).all(1)  # (times b,)
+        self._substituted.append((same & self._moved.to(same.device).repeat(times)).any())
+        changed = torch.where(same[:, None, None], replacement, given)
+        if isinstance(self._path[0], int):
+            return put(args, self._path, changed), kwargs
+        return args, put(kwargs, self._path, changed)
+
+
+def replace_prediction(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A copy of a denoiser's output in which the tensor ``old`` (as `memhook.pairs.read_output` finds it) is ``new``."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping) and not dataclasses.is_dataclass(output):
+        return like(output, {key: new if value is old else value for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return like(output, [new if value is old else value for value in output])
+    for name in ("sample", "pred"):
+        if getattr(output, name, None) is old:
+            if dataclasses.is_dataclass(output) and not isinstance(output, type):
+                return dataclasses.replace(output, **{name: new})
+            changed = copy.copy(output)
+            setattr(changed, name, new)
+            return changed
+    raise GuidanceLayoutError(f"the denoiser returned a {type(output).__name__}, in which the prediction cannot be replaced; expected a tensor")
