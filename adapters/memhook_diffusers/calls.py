@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from memhook.pairs import EMBEDDING_NAMES, SAMPLE_NAMES, Prediction
 from memhook.replay import CallRecord, Path, look_up
-
 from memhook.tensors import copy_of, row_hash, version
 from memhook_diffusers.outputs import Reader, raw_output
 from memhook_diffusers.replays import PipelineCall

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -101,11 +100,10 @@ class _Rows:
         return predicted
 
     def _whole(self, embedding: Tensor) -> Tensor:
-        whole = look_up(self._call.args, self._call.kwargs, self._path)
-        rows, cond = self._cond.rows, self._cond
-        replay = Replay(
-            self._call, rows=slice(0, self._call.batch), path=self._path, embedding=whole, expected=cond.values, read=self._read, checked=[]
-        )
+        call, cond, rows = self._call, self._cond, self._cond.rows
+        whole = look_up(call.args, call.kwargs, self._path)
+        whole = whole[:: len(whole) // call.batch]
+        replay = Replay(call, rows=slice(0, call.batch), path=self._path, embedding=whole, expected=cond.values, read=self._read, checked=[])
         return replay(torch.cat([whole[: rows.start], embedding.to(whole), whole[rows.stop :]]))
 
     def _read(self, output: object) -> Tensor:

@@ -23,7 +23,7 @@ def tensors(result):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning", "ignore:In CPU autocast")
 def test_family(name):
     family = FAMILIES[name]
     host = family.build()

@@ -25,6 +25,7 @@ class Host:
     run: Callable[..., Any]
     denoisers: tuple[str, ...] = ("unet",)
     schedulers: tuple[str, ...] = ("scheduler",)
+    samples: int | None = None  # where the scheduler is given more rows than there are samples (frames)
     read: Callable[[Any], torch.Tensor] | None = None  # from a denoiser's output to all its predictions, where it is not the first tensor
 
 

@@ -52,7 +52,7 @@ def recording(family: Family, host: Host) -> Iterator[Truth]:
 
     def step(original: Any, args: Any, kwargs: Any) -> Any:
         model_output = args[0] if args else kwargs["model_output"]
-        truth.steps.append(split(family.layout, calls, model_output))
+        truth.steps.append(split(family.layout, calls, model_output, host.samples))
         calls.clear()
         return original(*args, **kwargs)
 
@@ -90,11 +90,11 @@ def first_tensor(output: Any) -> Tensor:
     return output[0]
 
 
-def split(layouts: tuple[str, ...], calls: list[Tensor], model_output: Tensor) -> Step:
+def split(layouts: tuple[str, ...], calls: list[Tensor], model_output: Tensor, given: int | None) -> Step:
     """Cut a step's outputs as the one layout says that fits their number."""
     for layout in layouts:
         doubled, pattern = layout.startswith("("), layout.strip("()").split("|")
-        samples = len(model_output) // 2 if doubled else len(model_output)
+        samples = given or (len(model_output) // 2 if doubled else len(model_output))
         if len(pattern) == len(calls) and all(len(call) == samples * len(part) for call, part in zip(calls, pattern, strict=True)):
             found = {}
             for call, part in zip(calls, pattern, strict=True):
@@ -106,7 +106,7 @@ def split(layouts: tuple[str, ...], calls: list[Tensor], model_output: Tensor) -
 
 def crop(values: Tensor, model_output: Tensor) -> Tensor:
     """Without the channels of a learned variance: images whose output has more channels than latents (4, or 3 for pixels)."""
-    if values.ndim == 4 and values.shape[1] in (6, 8):
+    if values.ndim in (4, 5) and values.shape[1] in (6, 8):
         return values[:, : values.shape[1] // 2]
     if values.ndim == 3 and model_output.ndim == 3 and values.shape[1] > model_output.shape[1]:
         return values[:, : model_output.shape[1]]
