@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 OnCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
-"""``on_call(module, args, kwargs, output)``: None, or what the caller is to get in place of the output."""
+"""``on_call(module, args, kwargs, output)``; answers a `Replaced` where the caller is to get something else than the output."""
 
 OnArguments = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """``on_arguments(args, kwargs)``: the arguments that the module is to get."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """An output in the place of a module's own."""
+
+    output: Any
 
 
 @contextlib.contextmanager
@@ -32,7 +40,8 @@ def hook_calls(module: nn.Module, on_call: OnCall) -> Iterator[None]:
             return None
         kwargs, output = rest
         with torch.no_grad():
-            return on_call(module, args, kwargs, output)
+            answer = on_call(module, args, kwargs, output)
+        return answer.output if isinstance(answer, Replaced) else None  # None: the module's own object
 
     hook = _undisturbed(hook)
     handle = module.register_forward_hook(hook, with_kwargs=True)

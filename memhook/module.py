@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memhook.errors import GuidanceLayoutError, MemhookError
 from memhook.fingerprint import Fingerprinted
-from memhook.hooks import hook_arguments, hook_calls
+from memhook.hooks import Replaced, hook_arguments, hook_calls
 from memhook.intervention import Intervention, Substitution, replace_prediction
 from memhook.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.prediction import SPACES, Space
@@ -105,7 +105,7 @@ class _Run:
         self.changes = contextlib.ExitStack()  # of the calls' arguments, once somebody intervened
         self._one_sample: bool | None = None  # whether both calls of all pairs so far were given one and the same tensor
 
-    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Replaced | None:
         if not self._watcher.listening:
             return None
         timestep, sample = find_timestep(args, kwargs), find_sample(args, kwargs)
@@ -146,8 +146,8 @@ class _Run:
         intervention = self._watcher.emit(self._recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep), row)
         return None if intervention is None else _Answer(intervention, cond, earlier if cond is first else None)
 
-    def _change(self, module: nn.Module, answer: _Answer, output: Any, values: Tensor) -> Any:
-        """Do what was answered to the evaluation that this call completes; the output that the sampler is to get, or None for its own."""
+    def _change(self, module: nn.Module, answer: _Answer, output: Any, values: Tensor) -> Replaced | None:
+        """Do what was answered to the evaluation that this call completes."""
         intervention, cond = answer.intervention, answer.cond
         if intervention.embedding is not None and cond.embedding is not None and cond.path is not None:
             substitute = Substitution(cond.path, cond.embedding, intervention.embedding, intervention.substituted)
@@ -162,7 +162,7 @@ class _Run:
             return None
         changed = values.clone()
         _write(changed, cond.rows, intervention.pred_cond)
-        return replace_prediction(output, values, changed)
+        return Replaced(replace_prediction(output, values, changed))
 
     def _unguided(self, prediction: Prediction, timestep: Tensor | float | None, reason: str, refuted: tuple[Tensor, str] | None = None) -> None:
         self._watcher.missing(reason)
