@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -244,10 +245,10 @@ class Trace:
 
     @property
     def runs(self) -> list[Trace]:
-        """One trace per run of the sampler: a run ends where the next evaluation starts again from the first noise level."""
-        starts = self._starts()
+        """One trace per run of the sampler: a run ends where the next evaluation starts again from a high noise level."""
+        bounds = [*self._starts(), len(self._rows)]
         found = []
-        for start, stop in zip(starts, [*starts[1:], len(self._rows)], strict=True):
+        for start, stop in pairwise(bounds):
             part = Trace(host=self.host, space=self._rows[start].space or self.space, keep_evaluations=self._keep, describe=self._describe)
             part._rows = self._rows[start:stop]
             part._evaluations = self._evaluations[start:stop]
