@@ -99,7 +99,8 @@ def guard(
         calibration: For a score over the first ``k`` evaluations (``calibration.using(first=1)``), after which the guard decides.
         fpr: The share of prompts that are not memorized but flagged all the same.
         action: What to do.
-        target_magnitude: The magnitude to reach, per sample. The median of the calibration's clean prompts where None.
+        target_magnitude: The magnitude to reach, per sample; a warning says where it was not. Where None, the median of the calibration's
+            clean prompts is aimed at, and a warning says where a sample stayed above the threshold.
         lr: Learning rate of the optimization.
         max_steps: Updates at most.
         fixed_tokens: As in `optimize_embedding`: 1 for encoders with a start token, 0 for those without.
@@ -125,11 +126,17 @@ def guard(
     >>> print(guard)
     none of 1 prompts looks memorized at a false-positive rate of 0.05 (calibrated on 20 clean prompts)
     """
+    if target_magnitude is not None and not target_magnitude >= 0:
+        raise MemhookError(f"target_magnitude is {target_magnitude}; a magnitude is never negative, so expected 0 or more, or None")
     if action not in get_args(Action):
         raise MemhookError(f"action is {action!r}; expected one of {', '.join(get_args(Action))}")
     first = _decides_after(calibration)
-    calibration.threshold(fpr)  # too few prompts: say so before the run
-    goal = float(np.nanmedian(calibration.magnitudes[:, first - 1])) if target_magnitude is None else target_magnitude
+    threshold = calibration.threshold(fpr)  # too few prompts: say so before the run
+    if target_magnitude is None:
+        target, tolerable = float(np.nanmedian(calibration.magnitudes[:, first - 1])), threshold
+    else:
+        target = tolerable = target_magnitude
+    settings = Settings(target, tolerable, lr, max_steps, fixed_tokens)
 
     def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
         report.detection = detection = detect(report.trace, calibration, fpr=fpr)
@@ -143,7 +150,7 @@ def guard(
             return None
         if action == "stop":
             raise MemorizationDetectedError(f"stopped after {len(report.trace)} evaluations: {detection}", trace=report.trace, detection=detection)
-        return _mitigated(evaluation, report, flagged, goal, Settings(lr, max_steps, fixed_tokens))
+        return _mitigated(evaluation, report, flagged, settings)
 
     with _guarding(target, adapter, first, judge, changes=action == "mitigate") as report:
         yield report
@@ -177,6 +184,7 @@ def mitigate(
     """
     if not target_magnitude >= 0:
         raise MemhookError(f"target_magnitude is {target_magnitude}; a magnitude is never negative, so expected 0 or more")
+    settings = Settings(target_magnitude, target_magnitude, lr, max_steps, fixed_tokens)
 
     def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
         magnitudes = report.trace.used(1)[0]
@@ -187,7 +195,7 @@ def mitigate(
         report.flagged = flagged = magnitudes > target_magnitude
         if not flagged.any():
             return None
-        return _mitigated(evaluation, report, flagged, target_magnitude, Settings(lr, max_steps, fixed_tokens))
+        return _mitigated(evaluation, report, flagged, settings)
 
     with _guarding(target, adapter, 1, judge, changes=True) as report:
         yield report
@@ -232,8 +240,8 @@ def _guarding(
         )
 
 
-def _mitigated(evaluation: Evaluation, report: Guard, flagged: np.ndarray, target: float, settings: Settings) -> Intervention:
-    intervention, report.optimized = mitigate_samples(evaluation, flagged, target=target, settings=settings)
+def _mitigated(evaluation: Evaluation, report: Guard, flagged: np.ndarray, settings: Settings) -> Intervention:
+    intervention, report.optimized = mitigate_samples(evaluation, flagged, settings)
     report.before = report.trace.magnitudes[-1].copy()
     report.after = report.before.copy()
     report.after[flagged] = report.optimized.after

@@ -224,6 +224,19 @@ def test_a_target_that_is_not_reached_is_said():
     assert report.after[1] < report.before[1]
 
 
+def test_without_a_target_of_its_own_the_guard_warns_only_above_the_threshold():
+    bench = Bench()
+    cond = prompts(strong=[1])
+    with bench.guard() as plenty:
+        bench.run(cond)
+    last = int(np.flatnonzero(plenty.optimized.losses[:, 0] < bench.calibration.threshold(0.05))[0])
+    with bench.guard(max_steps=last) as enough:
+        bench.run(cond)
+    assert not enough.optimized.converged.any()
+    with pytest.warns(UserWarning, match="did not come down"), bench.guard(max_steps=1):
+        bench.run(cond)
+
+
 def test_a_host_that_changes_its_embeddings_on_the_way_is_told():
     bench = Bench()
 
@@ -277,6 +290,8 @@ def test_bad_settings_are_errors_before_the_run():
         pytest.fail("ran")
     bare = memhook.calibrate(np.linspace(1, 2, 50))
     with pytest.raises(CalibrationError, match=r"calibration.using\(first=1\)"), guard(bench.unet, bare, adapter=bench.adapter):
+        pytest.fail("ran")
+    with pytest.raises(MemhookError, match="never negative"), bench.guard(target_magnitude=-1.0):
         pytest.fail("ran")
     with pytest.raises(MemhookError, match="never negative"), mitigate(bench.unet, target_magnitude=-1.0, adapter=bench.adapter):
         pytest.fail("ran")
