@@ -30,13 +30,13 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     record: CallRecord | None  # where replay was asked for
-    version: int | None  # of the output tensor, to notice changes in place
+    source: Tensor  # the output tensor that the host has
+    version: int | None  # of that tensor, to notice changes in place
 
     @property
     def changed(self) -> bool:
         """Whether the host has changed the output in place since."""
-        values = _first_tensor(self.output)
-        return values is not None and version(values) != self.version
+        return self.record is None and version(self.source) != self.version
 
 
 def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, keep: bool) -> Call | None:
@@ -47,7 +47,7 @@ def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     record = PipelineCall(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
     if record is not None:
         args, kwargs, output = record.args, record.kwargs, _with_copy(output)
-    return Call(module, args, kwargs, output, record, version(_first_tensor(output)))  # type: ignore[arg-type]
+    return Call(module, args, kwargs, output, record, values, version(values))
 
 
 def _first_tensor(output: Any) -> Tensor | None:

@@ -32,6 +32,11 @@ class Reader:
     stop: int = 0
     form: Form = "same"
 
+    @property
+    def doubt(self) -> int:
+        """How far the output's shape is from what the scheduler is given: exact, a part of it, or in another order."""
+        return 2 if self.form == "unknown" else int(self.axis > 0)
+
     def __call__(self, output: Any) -> Tensor:
         values = raw_output(output)
         if values is None:

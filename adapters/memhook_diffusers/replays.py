@@ -22,7 +22,7 @@ _PER_FRAME = ("residual", "control")  # inputs with several rows a sample, besid
 class PipelineCall(CallRecord):
     """A captured call whose embedding may have several rows a sample, one for each frame of a video."""
 
-    def again(self, rows: slice, path: Path, embedding: Tensor) -> Any:
+    def again(self, rows: slice | Tensor, path: Path, embedding: Tensor) -> Any:
         """Call the module with these rows of the batch and another embedding ``(b, l, d)``, and give its output."""
         repeats = len(look_up(self.args, self.kwargs, path)) // self.batch
         part = copy.copy(self)
@@ -31,11 +31,13 @@ class PipelineCall(CallRecord):
         part.batch = -1  # nothing left to cut
         return CallRecord.again(part, slice(None), path, embedding.repeat_interleave(repeats, 0))
 
-    def _rows(self, name: str, value: Any, rows: slice) -> Any:
+    def _rows(self, name: str, value: Any, rows: slice | Tensor) -> Any:
         def cut(tensor: Tensor) -> Tensor:
             count = len(tensor) // self.batch if tensor.ndim and len(tensor) % self.batch == 0 else 0
-            if count == 1 or (count > 1 and any(word in name for word in _PER_FRAME)):
-                return tensor[rows.start * count : rows.stop * count]
+            if count == 1:
+                return tensor[rows]
+            if count > 1 and any(word in name for word in _PER_FRAME):
+                return tensor.reshape(self.batch, count, *tensor.shape[1:])[rows].flatten(0, 1)
             return tensor
 
         return map_tensors(value, cut)

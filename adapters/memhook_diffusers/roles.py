@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LEAST_DIFFERENCE = 1e-6  # of two predictions, relative to the first; below it they are the same but for rounding
 _LEAST_EXPLAINED = 0.25  # share of what their mean leaves of the model output that the predictions have to explain
 _CLEAR_FIT = 0.99
+_LEAST_WEIGHT = 1e-3  # relative to the largest; below it a prediction was not used
 _LEAST_TOTAL = 0.05  # of the weights' sum, relative to the largest
 
 
@@ -56,6 +57,10 @@ class _Fit:
     quality: float  # the worst sample's
     usable: np.ndarray  # (b,) bool: the samples that can tell
 
+    def matters(self, index: int) -> bool:
+        """Whether the pipeline used this prediction at all."""
+        return bool((np.abs(self.weights[:, index]) > _LEAST_WEIGHT * np.abs(self.weights).max(1)).any())
+
 
 def decide(observations: Iterable[Observed], *, prior: tuple[int, int] | None, reading: int = 0) -> Decision:
     """The decision of the first observation that can tell; else by convention, where there are two predictions.
@@ -80,6 +85,8 @@ def _decide(observed: Observed, prior: tuple[int, int] | None, reading: int) -> 
     classes = _classes(observed)
     best = [_heaviest(members, fit) for members in classes]  # one prediction per set of equal inputs
     pairs = [(i, j) for i in best for j in best if i < j and _same(observed.samples, i, j)]
+    if len(pairs) > 1 and fit is not None and fit.quality > _CLEAR_FIT:  # calls of something else, before the guided ones
+        pairs = [(i, j) for i, j in pairs if fit.matters(i) and fit.matters(j)]
     if not pairs:
         return _without_pair(observed, fit, prior, reading)
     if len(pairs) > 1:

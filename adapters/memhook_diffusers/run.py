@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class Run:
         self._why_missing, self._remedy = why_missing, remedy
         self._recorder = PairRecorder()
         self._conditioning = Conditioning()
-        self._calls: list[Call] = []
+        self._calls: deque[Call] = deque(maxlen=2 * _MOST)
         self._named: dict[str, Any] = {}  # what a guider was given, by name
         self._layouts: dict[Any, Layout] = {}
         self._timesteps: Any = None  # the scheduler's, weakly: another tensor means another run
@@ -63,8 +64,9 @@ class Run:
         model_output = arguments.get("model_output")
         if not self._watcher.listening or not self._calls or not isinstance(model_output, Tensor) or model_output.ndim < 2:
             return
-        calls, named = self._calls, self._named
-        self._calls, self._named = [], {}
+        calls, named = list(self._calls), self._named
+        self._calls.clear()
+        self._named = {}
         target = _without_variance(model_output, arguments.get("sample")).detach()
         ways = _readings(calls, tuple(target.shape))
         if not ways:
@@ -180,8 +182,9 @@ def _without_variance(model_output: Tensor, sample: Any) -> Tensor:
 def _readings(calls: Sequence[Call], shape: tuple[int, ...]) -> list[_Cut]:
     """The calls that predicted, cut into predictions, in every way in which they can be read."""
     found = [(call, options) for call in calls if (options := readers(call.output, shape))]
-    sure = [(call, options) for call, options in found if options[0].form != "unknown"]
-    found = sure or found
+    best = min((options[0].doubt for _, options in found), default=0)
+    predicting = {id(call.module) for call, options in found if options[0].doubt == best}  # not a text encoder of a like shape
+    found = [(call, options) for call, options in found if id(call.module) in predicting]
     ways = []
     for index in range(min((len(options) for _, options in found), default=0)):
         way: _Cut = []
@@ -221,13 +224,13 @@ def _prior(way: _Cut) -> tuple[int, int] | None:
 
 def _matched(way: _Cut, named: dict[str, Any]) -> Decision | None:
     """The pair that a guider was given by name, if its tensors are the predictions themselves."""
-    values = [prediction.values for *_, found in way for prediction in found]
+    sources = [call.source[prediction.rows] for call, _, _, found in way for prediction in found if call.source.ndim]
 
     def find(name: str) -> int | None:
         given = named.get(name)
         if not isinstance(given, Tensor):
             return None
-        return next((index for index, value in enumerate(values) if value.data_ptr() == given.data_ptr() and value.shape == given.shape), None)
+        return next((index for index, source in enumerate(sources) if source.data_ptr() == given.data_ptr() and source.shape == given.shape), None)
 
     cond, uncond = find("pred_cond"), find("pred_uncond")
     if cond is None:

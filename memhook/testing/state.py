@@ -33,9 +33,8 @@ def snapshot(target: object) -> dict[str, Any]:
             found[f"{name} grad"] = [parameter for parameter, value in part.named_parameters(recurse=False) if value.grad is not None]
             found[f"{name} frozen"] = [parameter for parameter, value in part.named_parameters(recurse=False) if not value.requires_grad]
         found[f"{name}.__class__"] = type(part)
-        found[f"{name} methods"] = sorted(
-            (key, id(value)) for key, value in vars(part).items() if callable(value) and not isinstance(value, nn.Module)
-        )
+        replaced = [key for key, value in vars(part).items() if callable(value) and hasattr(type(part), key)]
+        found[f"{name} methods"] = sorted((key, id(vars(part)[key])) for key in replaced)
     return found
 
 
