@@ -1,16 +1,11 @@
 """Every family of diffusers pipelines: magnitudes and roles agree with a recorder that knows the layout."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 import memhook
 from memhook.testing.state import changes, snapshot
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.adapters.zoo import FAMILIES
 from tests.adapters.zoo.truth import recording
 

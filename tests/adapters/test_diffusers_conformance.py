@@ -1,14 +1,9 @@
 """The diffusers adapter passes the public conformance suite, in both kinds of layout and where nothing can be replayed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from memhook.testing import AdapterConformance
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.adapters.zoo import FAMILIES
 from tests.adapters.zoo.family import STEPS, randn
 
