@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.errors import CalibrationError, CalibrationMismatchError
-from memhook.setting import brief, check_setting, compare_settings, first_part, run_setting
+from memhook.setting import brief, check_setting, difference, first_part, run_setting
 from memhook.trace import Trace, per_prompt, prompt_mean
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Calibration:
 
     Attributes:
         magnitudes: ``(n, s)`` float32: for each of ``n`` clean prompts the magnitude at each of ``s`` evaluations, averaged
-            over the prompt's samples. NaN where an evaluation had no unconditional prediction.
+            over the prompt's samples. NaN where an evaluation had no unconditional prediction, infinite where one was broken.
         first: How many of the first evaluations the score averages; None for all.
         setting: What it holds for, by field name; empty if it was made of bare scores.
 
@@ -129,21 +129,9 @@ class Calibration:
 
     def check(self, trace: Trace) -> None:
         """Raise `CalibrationMismatchError` where ``trace`` was recorded in another setting than this calibration."""
-        if not self.setting:
-            return
-        compare_settings(self.setting, run_setting(trace), first=self.first)
-        evaluations = self.magnitudes.shape[1]
-        if self.first is None and len(trace) != evaluations:
-            raise CalibrationMismatchError(
-                f"the number of evaluations differs: the calibration was made with {evaluations}, this run has {len(trace)}. "
-                "Use the same number of steps, or a calibration for the first few (Calibration.using)"
-            )
-        expected, seen = self._present(), trace.has_guidance[: self.first]
-        if not np.array_equal(expected, seen):
-            raise CalibrationMismatchError(
-                f"the guided evaluations differ: in the calibration {brief(np.flatnonzero(expected).tolist())} had an unconditional prediction, "
-                f"in this run {brief(np.flatnonzero(seen).tolist())}. Guide the same part of the run, or calibrate again"
-            )
+        problem = difference(self.setting, run_setting(trace), first=self.first) if self.setting else None
+        if problem is not None:
+            raise CalibrationMismatchError(problem)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file: the magnitudes, and the setting as JSON metadata. Replaces the file at once."""
@@ -219,29 +207,32 @@ def calibrate(traces_or_scores: Iterable[Trace] | Trace | ArrayLike, *, first: i
         raise CalibrationError(f"these are not scores: {error}; expected traces, or one number a clean prompt") from error
     if scores.ndim != 1 or len(scores) == 0:
         raise CalibrationError(f"the scores have shape {scores.shape}; expected one score a clean prompt, (n,), at least one")
-    return Calibration(scores[:, None], first)
+    return Calibration(np.where(np.isnan(scores), np.float32(np.inf), scores)[:, None], first)
 
 
 def _from_traces(traces: list[Trace], first: int | None) -> Calibration:
     settings = [run_setting(trace) for trace in traces]
     # Runs that are alike up to `first` only are good for a score over these, and what came later is left out.
-    kept = None if _first_difference(traces, settings, None) is None else first
-    error = _first_difference(traces, settings, kept)
+    kept = None if _first_difference(settings, None) is None else first
+    error = _first_difference(settings, kept)
     if error is not None:
         raise error
-    rows = [per_prompt(trace.used(kept), trace.groups) for trace in traces]
-    return Calibration(np.concatenate(rows), first, first_part(settings[0], kept))
+    return Calibration(np.concatenate([_prompts(trace, kept) for trace in traces]), first, first_part(settings[0], kept))
 
 
-def _first_difference(traces: list[Trace], settings: list[dict[str, Any]], first: int | None) -> CalibrationError | None:
-    for number, (trace, setting) in enumerate(zip(traces, settings, strict=True)):
-        try:
-            compare_settings(settings[0], setting, first=first)
-        except CalibrationMismatchError as error:
-            return CalibrationError(f"trace {number} was recorded in another setting than trace 0: {error}")
-        if first is None and len(trace) != len(traces[0]):
-            return CalibrationError(f"trace {number} has {len(trace)} evaluations and trace 0 {len(traces[0])}; use as many steps for every prompt")
+def _first_difference(settings: list[dict[str, Any]], first: int | None) -> CalibrationError | None:
+    for number, setting in enumerate(settings):
+        problem = difference(settings[0], setting, first=first)
+        if problem is not None:
+            return CalibrationError(f"trace {number} was recorded in another setting than trace 0: {problem}")
     return None
+
+
+def _prompts(trace: Trace, first: int | None) -> np.ndarray:
+    """``(prompts, s)``: NaN for missing predictions only, infinite for broken ones."""
+    magnitudes = per_prompt(trace.used(first), trace.groups)
+    broken = np.isnan(magnitudes) & trace.has_guidance[: magnitudes.shape[1]]
+    return np.where(broken, np.float32(np.inf), magnitudes)
 
 
 def _largest_rank(n: int, fpr: float) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memhook.errors import CalibrationError, CalibrationMismatchError
+from memhook.errors import CalibrationError
 from memhook.fingerprint import is_fingerprint, same_fingerprint
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FINGERPRINTS = ("model", "text_encoder", "text_encoder_2", "text_encoder_3")
 _LEVELS = ("timesteps", "sigmas")
+_BY_EVALUATION = (*_LEVELS, "guided_evaluations")
 _LATER_ONLY = ("sampler", "guidance_scale")  # fields without influence on the first evaluation
 
 
@@ -31,6 +32,7 @@ def run_setting(trace: Trace) -> dict[str, Any]:
         "shape": list(trace.shape) if trace.shape is not None else None,
         "timesteps": _known(trace.timesteps),
         "sigmas": _known(trace.sigmas),
+        "guided_evaluations": trace.has_guidance.tolist(),
         "images_per_prompt": int(counts[0]),
         "guidance_scale": None if scale is None else float(f"{np.nanmedian(scale):.3g}"),
     }
@@ -44,23 +46,23 @@ def _known(levels: np.ndarray) -> list[float] | None:
 
 def first_part(setting: Mapping[str, Any], first: int | None) -> dict[str, Any]:
     """What of a setting matters for a score over the first so many evaluations; None for all."""
-    part = {key: value[:first] if key in _LEVELS else value for key, value in setting.items()}
+    part = {key: value[:first] if key in _BY_EVALUATION else value for key, value in setting.items()}
     return {key: value for key, value in part.items() if first != 1 or key not in _LATER_ONLY}
 
 
-def compare_settings(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first: int | None) -> None:
-    """Raise `CalibrationMismatchError` naming the first field that differs, and both values.
+def difference(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first: int | None) -> str | None:
+    """The first field that differs, with both values, as a sentence; None where there is none.
 
     Fields that only one side knows are not compared.
     """
     calibrated, seen = first_part(calibrated, first), first_part(seen, first)
     for key in sorted(calibrated.keys() & seen.keys()):
-        expected, value = calibrated[key], seen[key]
-        if not _same(key, expected, value):
-            raise CalibrationMismatchError(
-                f"the setting differs in {key}: the calibration was made with {brief(expected)}, this run used {brief(value)}. "
+        if not _same(key, calibrated[key], seen[key]):
+            return (
+                f"the setting differs in {key}: the calibration was made with {brief(calibrated[key])}, this run used {brief(seen[key])}. "
                 "Run in the calibration's setting, or calibrate again in this one"
             )
+    return None
 
 
 def _same(key: str, expected: Any, value: Any) -> bool:
@@ -80,6 +82,8 @@ def check_setting(setting: Mapping[str, Any]) -> None:
             fits = is_fingerprint(value)
         elif key in _LEVELS:
             fits = isinstance(value, list) and all(type(level) in (int, float) for level in value)
+        elif key in _BY_EVALUATION:
+            fits = isinstance(value, list)
         else:
             fits = key != "guidance_scale" or type(value) in (int, float)
         if not fits:
