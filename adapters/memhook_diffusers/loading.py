@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,6 @@ def load_pipeline(model: str, *, dtype: str = "float32", device: str = "cpu") ->
     """
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     folder = Path(model).expanduser()
     looks_like_path = folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
@@ -36,31 +36,37 @@ def load_pipeline(model: str, *, dtype: str = "float32", device: str = "cpu") ->
     if dtype not in ("float32", "float16", "bfloat16"):
         raise MemhookError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
 
-    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"torch_dtype": getattr(torch, dtype)}
     if folder.exists() and "safety_checker" in json.loads((folder / "model_index.json").read_text()):
         options["safety_checker"] = None  # it would blacken pictures that are being judged for something else
     try:
-        with warnings.catch_warnings():
+        with quiet_libraries(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch_dtype is dtype from diffusers 1.0 on
             pipeline = DiffusionPipeline.from_pretrained(str(folder) if folder.exists() else model, **options)
             pipeline = pipeline.to(device)
     except Exception as error:  # loaders raise whatever their file formats raise
         raise MemhookError(f"cannot load the model {model}: {type(error).__name__}: {_first_line(error)}") from error
-    finally:
-        diffusers_logging.set_verbosity(before[0])
-        transformers_logging.set_verbosity(before[1])
-        if bars[0]:
-            diffusers_logging.enable_progress_bar()
-        if bars[1]:
-            transformers_logging.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No log lines below errors and no progress bars from diffusers and transformers inside the block."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in (diffusers_logging, transformers_logging)]
+    for library, _, _ in before:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

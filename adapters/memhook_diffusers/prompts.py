@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from memhook.trace import Trace
+from memhook_diffusers.loading import quiet_libraries
 
 
 @dataclass(frozen=True)
 class PromptRun:
-    """One batch of prompts after its run: ``traces`` holds one trace of ``b`` samples, prompt by prompt."""
+    """One batch of prompts after its run; the trace's samples and the images stand prompt by prompt."""
 
     prompts: tuple[str, ...]
     trace: Trace
@@ -78,7 +79,8 @@ def run_prompts(
         batch = tuple(prompts[start : start + batch_size])
         seeds = [seed + 1000 * (start + number) + image for number in range(len(batch)) for image in range(images_per_prompt)]
         generators = [torch.Generator().manual_seed(value) for value in seeds]
-        with watch(pipeline) as trace:
+        # diffusers logs every cut-off prompt of a batch at length
+        with quiet_libraries(), watch(pipeline) as trace:
             output = pipeline(
                 prompt=list(batch), num_images_per_prompt=images_per_prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators, **options
             )  # fmt: skip
