@@ -129,7 +129,7 @@ def _kind(target: object) -> str:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"  # on one line
 
 
 def _no_adapter(target: object, failures: Mapping[str, Exception]) -> str:
