@@ -1,0 +1,5 @@
+"""``python -m memhook`` is the command ``memhook``."""
+
+from memhook.cli import main
+
+main()

@@ -1,0 +1,106 @@
+"""The command line as a user meets it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from memhook import testbed
+from memhook.cli.app import app
+from memhook.errors import MemhookError
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return run("demo", "--out", str(folder)), folder
+
+
+class TestDemo:
+    def test_prints_a_verdict_for_each_prompt_and_a_summary(self, demo):
+        result, _ = demo
+        assert result.exit_code == 0
+        assert re.search(r"\d of 5 memorized prompts flagged, \d of 5 fresh ones", result.output)
+
+    def test_flags_most_memorized_prompts_and_hardly_any_fresh_one(self, demo):
+        caught, wrong = map(int, re.search(r"(\d) of 5 memorized prompts flagged, (\d) of 5 fresh", demo[0].output).groups())
+        assert caught >= 4
+        assert wrong <= 1
+
+    def test_the_page_stands_alone(self, demo):
+        page = (demo[1] / "index.html").read_text()
+        assert page.count("data:image/png;base64,") == 5 + 10 * 4
+        assert page.count("<svg") == 2
+        assert not re.search(r"""(src|href)=["']https?:""", page)
+
+    def test_leaves_nothing_else_behind(self, demo):
+        assert [path.name for path in demo[1].iterdir()] == ["index.html"]
+
+
+class TestDetect:
+    def test_flags_a_memorized_prompt_of_the_bundled_model_and_not_a_fresh_one(self):
+        memorized = max(testbed.memorized(kind="verbatim"), key=lambda row: row.duplicates)
+        result = run("detect", "--prompt", memorized.prompt, "--prompt", "a pig on green wall art")
+        assert result.exit_code == 0
+        assert "1 of 2 prompts flagged" in result.output
+
+    def test_without_a_calibration_says_that_there_is_no_p_value(self):
+        result = run("detect", "--model", str(testbed.model_path()), "--prompt", "a pig", "--images", "1", "--steps", "4")
+        assert result.exit_code == 0
+        assert "not calibrated" in result.output
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--prompt", " "], "prompt 0 is empty"),
+            (["--prompt", "x", "--guidance-scale", "1"], "Use a scale above 1"),
+            (["--prompt", "x", "--model", "./no-such-folder"], "does not exist"),
+            (["--prompt", "x", "--calibration", "no-such-file"], "there is no calibration file"),
+            (["--prompt", "x", "--images", "2"], "images_per_prompt differs"),
+            (["--prompt", "x", "--fpr", "0.00001"], "calibrate with at least 99999"),
+        ],
+    )
+    def test_says_what_is_wrong(self, arguments, message):
+        with pytest.raises(MemhookError, match=message):
+            CliRunner().invoke(app, ["detect", *arguments], catch_exceptions=False)
+
+    def test_a_damaged_weights_file_is_named(self, tmp_path):
+        import shutil
+
+        model = tmp_path / "model"
+        shutil.copytree(testbed.model_path(), model)
+        weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(MemhookError, match="cannot load the model"):
+            CliRunner().invoke(app, ["detect", "--prompt", "x", "--model", str(model)], catch_exceptions=False)
+
+    def test_control_characters_in_a_prompt_do_not_reach_the_terminal(self):
+        result = run("detect", "--prompt", "a \x1b[31mred\x1b[0m [bold]cat[/bold]")
+        assert "\x1b[31mred" not in result.output
+        assert "[bold]cat" in result.output
+
+
+def test_adapters_are_listed_with_origin_and_state():
+    result = run("adapters")
+    assert result.exit_code == 0
+    assert re.search(r"diffusers.*memhook-diffusion.*in use", result.output)
+
+
+def test_the_path_of_the_bundled_model_is_printed():
+    assert run("testbed", "path").output.strip() == str(testbed.model_path())
+
+
+def test_an_error_is_one_line_and_exit_status_1():
+    done = subprocess.run([sys.executable, "-m", "memhook", "detect", "--prompt", " "], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"memhook: prompt 0 is empty.*\n", done.stderr)
+
+
+def test_wrong_usage_is_exit_status_2():
+    assert run("detect").exit_code == 2
