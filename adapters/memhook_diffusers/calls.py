@@ -163,17 +163,17 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
     total = torch.zeros(batch, dtype=torch.int64, device=values.device if values is not None else None)
     known = alone
     for path, leaf in _leaves(call.args, call.kwargs):
-        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0:
+        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0 or _positions(path):
             continue
         factor = zlib.crc32(repr(path[:-1] if isinstance(path[-1], int) and len(path) > 1 else path).encode()) | 1
         listed = _list_position(call, path, batch)
         if listed is not None:  # one tensor per row
             total[listed] += row_hash(leaf[None])[0].to(total.device) * factor
             known = True
-        elif leaf.shape[0] % batch == 0 and not shared(path):  # several rows a sample: the frames of a video
+        elif leaf.shape[0] % batch == 0:  # several rows a sample: the frames of a video
             total += row_hash(leaf.reshape(batch, -1)).to(total.device) * factor
             known = True
-        elif shared(path) or leaf.ndim == 1 or not leaf.is_floating_point() or alone:
+        elif leaf.ndim == 1 or not leaf.is_floating_point() or alone:
             total += row_hash(leaf[None])[0].to(total.device) * factor
         else:
             known = False
@@ -181,7 +181,7 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
     return total if known else torch.arange(1, batch + 1, device=total.device) * 7046029254386353131
 
 
-def shared(path: Path) -> bool:
+def _positions(path: Path) -> bool:
     """Whether an argument, by its name, holds positions, which belong to no row."""
     return any(word in str(key) for key in path for word in ("rotary", "ids", "coords", "freqs", "shapes"))
 

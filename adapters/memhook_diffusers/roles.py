@@ -124,11 +124,16 @@ def _among_several(observed: Observed, fit: _Fit | None, pairs: list[tuple[int, 
     alone = [i for i in members if not any(_same(observed.text, i, j) for j in members if j != i)]
     together = [i for i in members if i not in alone]
     if len(alone) == 1 and all(_same(observed.text, together[0], j) for j in together):
-        # InstructPix2Pix: text and image, image alone, neither. The text's own effect is the difference of the first two.
-        cond = alone[0]
-        close = [j for j in together if _same(observed.whole_samples, cond, j)]
-        if len(close) == 1:
-            return Decision(reading, cond, close[0], "matched", None if fit is None else _scale(observed, fit, cond), quality=1.0)
+        lone = alone[0]
+        if fit is not None and (fit.weights[:, lone] < 0).all():  # several predictions for the prompt, one without it
+            cond = _heaviest(together, fit)
+            if _same(observed.samples, lone, cond):
+                return Decision(reading, cond, lone, "fitted", _scale(observed, fit, cond), quality=fit.quality)
+        elif fit is None or (fit.weights[:, lone] > 0).all():
+            # InstructPix2Pix: text and image, image alone, neither. The text's own effect is the difference of the first two.
+            close = [j for j in together if _same(observed.whole_samples, lone, j)]
+            if len(close) == 1:
+                return Decision(reading, lone, close[0], "matched", None if fit is None else _scale(observed, fit, lone), quality=1.0)
     if fit is not None:
         weights = fit.weights[:, members]
         largest, negative = {members[i] for i in weights.argmax(1)}, (weights < 0).all(0)

@@ -19,7 +19,11 @@ def tensors(result):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings(
-    "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning", "ignore:In CPU autocast", "ignore:`torch.nn.utils.weight_norm`:FutureWarning"
+    "ignore::FutureWarning:diffusers",
+    "ignore::DeprecationWarning",
+    "ignore:In CPU autocast",
+    "ignore:torch.meshgrid",
+    "ignore:`torch.nn.utils.weight_norm`:FutureWarning",
 )
 def test_family(name):
     family = FAMILIES[name]
