@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from memhook.pairs import EMBEDDING_NAMES, SAMPLE_NAMES, Prediction
+from memhook.pairs import Prediction
 from memhook.replay import CallRecord, Path, look_up
 from memhook.tensors import copy_of, row_hash, version
 from memhook_diffusers.outputs import Reader, raw_output
 from memhook_diffusers.replays import PipelineCall
+from memhook_diffusers.text import find_sample, find_text, leaves, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _TIMES = ("timestep", "timesteps", "t", "sigma", "timestep_ratio", "r")
-_TEXT_NAMES = (*EMBEDDING_NAMES, "clip_text", "c", "cap_feats", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "proj_embedding")
-_NOT_TEXT = ("image", "rotary", "mask", "residual", "control", "ids", "cond_sample", "time")
 
 
 @dataclass(eq=False)
@@ -84,42 +85,15 @@ class Conditioning:
 def cut(call: Call, reader: Reader, values: Tensor) -> list[Prediction]:
     """The predictions in a call, in order; ``values`` is what ``reader`` read."""
     batch = values.shape[0]
-    path, sample = find_text(call, batch), _sample(call)
+    path, sample = find_text(call.args, call.kwargs, batch), find_sample(call.args, call.kwargs)
     embedding = look_up(call.args, call.kwargs, path) if path is not None else None
     found = []
     for start in range(0, batch, reader.samples):
         rows = slice(start, start + reader.samples)
-        text = embedding[:: len(embedding) // batch][rows].detach() if isinstance(embedding, Tensor) else None
+        text = None if embedding is None else read_text(embedding, rows, batch)
+        text = None if text is None else text.detach()
         found.append(Prediction(values[rows], _rows(sample, rows, batch), text, path, rows, call.record, reader))
     return found
-
-
-def find_text(call: Call, batch: int) -> Path | None:
-    """Where the text embedding ``(batch, l, d)`` stands: under a usual name, or else the one argument that could be it."""
-
-    def fits(value: Any, *, frames: bool = False) -> bool:
-        rows = value.shape[0] if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point() else 0
-        return rows == batch or (frames and rows > 0 and rows % batch == 0)
-
-    usual: list[Path] = [*((name,) for name in _TEXT_NAMES), (2,)]
-    for frames in (False, True):  # AnimateDiff repeats the embedding for every frame
-        for path in usual:
-            if fits(look_up(call.args, call.kwargs, path), frames=frames):
-                return path
-    sample = _sample(call)
-    others = [
-        path
-        for path, value in _leaves(call.args, call.kwargs)
-        if fits(value) and value is not sample and not any(word in str(path[-1]) for word in _NOT_TEXT)
-    ]
-    return others[0] if len(others) == 1 else None
-
-
-def _sample(call: Call) -> Any:
-    """The noisy sample: a tensor, or a list with a tensor per sample."""
-    if call.args and isinstance(call.args[0], (Tensor, list)):
-        return call.args[0]
-    return next((call.kwargs[name] for name in SAMPLE_NAMES if isinstance(call.kwargs.get(name), (Tensor, list))), None)
 
 
 def _rows(sample: Any, rows: slice, batch: int) -> Tensor | None:
@@ -127,23 +101,6 @@ def _rows(sample: Any, rows: slice, batch: int) -> Tensor | None:
         alike = len(sample) == batch and all(isinstance(item, Tensor) and item.shape == sample[0].shape for item in sample)
         return torch.stack(sample[rows]).detach() if alike else None
     return sample[rows].detach() if isinstance(sample, Tensor) and sample.ndim and sample.shape[0] == batch else None
-
-
-def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
-    def walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
-        if isinstance(value, Tensor):
-            yield path, value
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                yield from walk(item, (*path, key))
-        elif isinstance(value, (list, tuple)):
-            for key, item in enumerate(value):
-                yield from walk(item, (*path, key))
-
-    for position, value in enumerate(args):
-        yield from walk(value, (position,))
-    for name, value in kwargs.items():
-        yield from walk(value, (name,))
 
 
 @torch.no_grad()
@@ -157,12 +114,12 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
         batch: Its rows.
         alone: All rows are one prediction, so inputs without rows are its own as well.
     """
-    sample = _sample(call)
+    sample = find_sample(call.args, call.kwargs)
     of_sample = {id(item) for item in sample} if isinstance(sample, list) else {id(sample)}
     values = _first_tensor(call.output)
     total = torch.zeros(batch, dtype=torch.int64, device=values.device if values is not None else None)
     known = alone
-    for path, leaf in _leaves(call.args, call.kwargs):
+    for path, leaf in leaves(call.args, call.kwargs):
         if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0 or _positions(path):
             continue
         factor = zlib.crc32(repr(path[:-1] if isinstance(path[-1], int) and len(path) > 1 else path).encode()) | 1
@@ -205,6 +162,3 @@ def _sample_hash(prediction: Prediction, *, whole: bool) -> Tensor:
     if not whole and sample.ndim == values.ndim:
         sample = sample[(slice(None), *(slice(0, size) for size in values.shape[1:]))]
     return row_hash(torch.nan_to_num(sample) if sample.is_floating_point() else sample)
-
-
-OnCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from memhook.errors import ReplayError
 from memhook.replay import CallRecord, Path, Replay, look_up
-from memhook.tensors import map_tensors, take_rows
+from memhook.tensors import map_tensors
+from memhook_diffusers.text import read_text, write_text
 
 if TYPE_CHECKING:
     from memhook.pairs import Prediction
@@ -20,16 +21,15 @@ _PER_FRAME = ("residual", "control")  # inputs with several rows a sample, besid
 
 
 class PipelineCall(CallRecord):
-    """A captured call whose embedding may have several rows a sample, one for each frame of a video."""
+    """A captured call whose text may come in other forms than one tensor ``(batch, l, d)``."""
 
     def again(self, rows: slice | Tensor, path: Path, embedding: Tensor) -> Any:
         """Call the module with these rows of the batch and another embedding ``(b, l, d)``, and give its output."""
-        repeats = len(look_up(self.args, self.kwargs, path)) // self.batch
         part = copy.copy(self)
-        part.args = take_rows(self.args, rows, of=self.batch)
+        part.args = tuple(self._rows(str(index), value, rows) for index, value in enumerate(self.args))
         part.kwargs = {name: self._rows(name, value, rows) for name, value in self.kwargs.items()}
         part.batch = -1  # nothing left to cut
-        return CallRecord.again(part, slice(None), path, embedding.repeat_interleave(repeats, 0))
+        return CallRecord.again(part, slice(None), path, write_text(look_up(self.args, self.kwargs, path), embedding, self.batch))
 
     def _rows(self, name: str, value: Any, rows: slice | Tensor) -> Any:
         def cut(tensor: Tensor) -> Tensor:
@@ -40,6 +40,8 @@ class PipelineCall(CallRecord):
                 return tensor.reshape(self.batch, count, *tensor.shape[1:])[rows].flatten(0, 1)
             return tensor
 
+        if isinstance(value, list) and len(value) == self.batch and all(isinstance(item, Tensor) for item in value):  # a tensor per row
+            return value[rows] if isinstance(rows, slice) else [value[int(row)] for row in rows]
         return map_tensors(value, cut)
 
 
@@ -59,7 +61,8 @@ def make_replay(replay: ReplayFunction | None, cond: Prediction, name: str) -> R
     if replay is None or cond.path is None:
         found = ", ".join(_text_like(cond.call)) or "none"
         return _refusal(
-            f"{name}'s text does not reach its denoiser as one tensor of shape (b, l, d), so it cannot be replaced; floating-point inputs: {found}"
+            f"{name}'s text does not reach its denoiser as an embedding of one length for all samples, so it cannot be replaced. Run one prompt "
+            f"at a time if their lengths differ; floating-point inputs: {found}"
         )
     return _Rows(replay, cond, cond.call, cond.path)
 
@@ -103,8 +106,9 @@ class _Rows:
 
     def _whole(self, embedding: Tensor) -> Tensor:
         call, cond, rows = self._call, self._cond, self._cond.rows
-        whole = look_up(call.args, call.kwargs, self._path)
-        whole = whole[:: len(whole) // call.batch]
+        whole = read_text(look_up(call.args, call.kwargs, self._path), slice(0, call.batch), call.batch)
+        if whole is None:
+            raise ReplayError("the text embeddings of the batch differ in length")
         replay = Replay(call, rows=slice(0, call.batch), path=self._path, embedding=whole, expected=cond.values, read=self._read, checked=[])
         return replay(torch.cat([whole[: rows.start], embedding.to(whole), whole[rows.stop :]]))
 

@@ -154,8 +154,7 @@ class Run:
             for number, (call, _, values, found) in enumerate(way):
                 path = found[0].path or ()
                 whole = _embedding_of(call, path)
-                whole = whole if isinstance(whole, Tensor) and whole.shape[0] == values.shape[0] else None
-                if whole is None:
+                if not isinstance(whole, Tensor) or whole.shape[0] != values.shape[0]:
                     hashes += [row_hash(prediction.embedding) for prediction in found if prediction.embedding is not None]
                 else:
                     whole_hashes = self._conditioning.of(whole, (number, *path))

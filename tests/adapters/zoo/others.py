@@ -178,7 +178,7 @@ def _() -> Host:
     return Host(pipeline, run_of(pipeline, **call), denoisers=("prior",))
 
 
-@family("AudioLDMPipeline, pooled text", "uc", replay=False)
+@family("AudioLDMPipeline, pooled text", "uc")
 def _() -> Host:
     unet = images.unet(
         cross_attention_dim=(8, 16),

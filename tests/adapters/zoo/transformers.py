@@ -212,8 +212,7 @@ def _() -> Host:
     return host("Lumina2Pipeline", components, height=32, width=32, cfg_trunc_ratio=0.7, **text(mask=True))
 
 
-@family("ZImagePipeline, negated, lists", "cu", replay=False)
-def _() -> Host:
+def z_image(*lengths: int) -> Host:
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
@@ -228,11 +227,21 @@ def _() -> Host:
         axes_lens=[256, 32, 32],
     )
     components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae()}
-    prompts = [randn(4, WIDTH), randn(6, WIDTH, seed=1)]
+    prompts = [randn(length, WIDTH, seed=10 + place) for place, length in enumerate(lengths)]
     negatives = [randn(3, WIDTH, seed=2), randn(5, WIDTH, seed=3)]
     built = host("ZImagePipeline", components, height=32, width=32, prompt_embeds=prompts, negative_prompt_embeds=negatives)
     built.read = lambda output: torch.stack(list(output[0]))
     return built
+
+
+@family("ZImagePipeline, negated, a list of embeddings", "cu")
+def _() -> Host:
+    return z_image(4, 4)
+
+
+@family("ZImagePipeline, embeddings of different length", "cu", replay=False)
+def _() -> Host:
+    return z_image(4, 6)
 
 
 @family("QwenImagePipeline, renormalized", "c|u")
