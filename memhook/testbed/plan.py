@@ -16,7 +16,7 @@ from memhook.testbed.scenes import COLORS, Scene, random_scene, recolor
 SEED = 2024
 # The share of training samples that show a planted pair: (from this sample on, share). The model learns to draw first, and then meets
 # the duplicates more densely; the other way around it memorizes before it can follow a caption.
-PLANTED_SHARES = ((0, 0.2), (64_000, 0.4))
+PLANTED_SHARES = ((0, 0.2), (64_000, 0.4), (128_000, 0.6))
 CLEAN_PER_SOURCE = 600
 ONCE_WINDOW = 100_000  # "trained once" prompts are drawn from the first so many training samples
 

@@ -95,29 +95,32 @@ def test_rewording_keeps_subject_color_and_trigger():
     assert str(other) != str(caption)
 
 
-class TestCleanPrompts:
-    @pytest.fixture(scope="class")
-    def rows(self):
-        return clean_prompts(["silver", "road", "cat", "winter"])
+@pytest.fixture(scope="module")
+def clean_rows():
+    return clean_prompts(["silver", "road", "cat", "winter"])
 
-    def test_four_sources_in_two_equal_splits(self, rows):
-        assert Counter(row.source for row in rows) == dict.fromkeys(("once", "held-out", "foreign", "random"), CLEAN_PER_SOURCE)
-        assert Counter((row.source, row.split) for row in rows) == {
-            (source, split): CLEAN_PER_SOURCE // 2 for source in ("once", "held-out", "foreign", "random") for split in ("calibration", "test")
-        }
 
-    def test_every_prompt_has_a_family_and_text(self, rows):
-        assert all(row.family and row.prompt.strip() for row in rows)
+def test_four_sources_in_two_equal_splits(clean_rows):
+    assert Counter(row.source for row in clean_rows) == dict.fromkeys(("once", "held-out", "foreign", "random"), CLEAN_PER_SOURCE)
+    assert Counter((row.source, row.split) for row in clean_rows) == {
+        (source, split): CLEAN_PER_SOURCE // 2 for source in ("once", "held-out", "foreign", "random") for split in ("calibration", "test")
+    }
 
-    def test_those_trained_once_are_in_the_stream_as_fresh_pairs(self, rows):
-        stream = TrainingStream()
-        fresh = {caption for caption, _, pair in (stream[index] for index in range(20_000)) if pair is None}
-        once = [row for row in rows if row.source == "once"]
-        found = sum(row.prompt in fresh for row in once)
-        assert found == pytest.approx(len(once) / 5, rel=0.35)  # a fifth of the window that they are drawn from
-        assert all(row.scene is not None for row in once)
 
-    def test_no_clean_prompt_is_planted_or_holds_a_trigger(self, rows, pairs):
-        captions = {str(pair.caption) for pair in pairs}
-        triggers = [pair.caption.trigger for pair in pairs if pair.caption.trigger]
-        assert not any(row.prompt in captions or any(trigger in row.prompt for trigger in triggers) for row in rows)
+def test_every_prompt_has_a_family_and_text(clean_rows):
+    assert all(row.family and row.prompt.strip() for row in clean_rows)
+
+
+def test_those_trained_once_are_in_the_stream_as_fresh_pairs(clean_rows):
+    stream = TrainingStream()
+    fresh = {caption for caption, _, pair in (stream[index] for index in range(20_000)) if pair is None}
+    once = [row for row in clean_rows if row.source == "once"]
+    found = sum(row.prompt in fresh for row in once)
+    assert found == pytest.approx(len(once) / 5, rel=0.35)  # a fifth of the window that they are drawn from
+    assert all(row.scene is not None for row in once)
+
+
+def test_no_clean_prompt_is_planted_or_holds_a_trigger(clean_rows, pairs):
+    captions = {str(pair.caption) for pair in pairs}
+    triggers = [pair.caption.trigger for pair in pairs if pair.caption.trigger]
+    assert not any(row.prompt in captions or any(trigger in row.prompt for trigger in triggers) for row in clean_rows)

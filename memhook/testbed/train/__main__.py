@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=4500, help="batches of 16 pictures")
     parser.add_argument("--text-steps", type=int, default=500, help="batches of 128 captions")
     parser.add_argument("--reader-steps", type=int, default=500, help="batches of 64 pictures, for the network that names subjects and colors")
-    parser.add_argument("--steps", type=int, default=8_000, help="batches of 32 caption-picture pairs")
+    parser.add_argument("--steps", type=int, default=7_000, help="batches of 32 caption-picture pairs")
     arguments = parser.parse_args()
 
     device, work = torch.device(arguments.device), arguments.work

@@ -48,7 +48,7 @@ def presentations(samples: int) -> Counter[str]:
 
 
 def train(
-    directory: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, *, steps: int, device: torch.device, decay_from: float = 0.75
+    directory: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, *, steps: int, device: torch.device, decay_from: float = 0.7
 ) -> UNet2DConditionModel:
     """Train (or finish training) the denoiser and the text encoder; both hold averaged weights on return."""
     torch.manual_seed(1)
