@@ -82,6 +82,11 @@ def run_prompts(
         # diffusers logs every cut-off prompt of a batch at length
         with quiet_libraries(), watch(pipeline) as trace:
             output = pipeline(
-                prompt=list(batch), num_images_per_prompt=images_per_prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators, **options
-            )  # fmt: skip
+                prompt=list(batch),
+                num_images_per_prompt=images_per_prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                **options,
+            )
         yield PromptRun(batch, trace, [] if evaluations is not None else list(output.images))

@@ -14,7 +14,7 @@ from memhook.cli.tables import console, print_table
 from memhook.errors import MemhookError
 from memhook.evaluation import roc_auc, tpr_at_fpr
 from memhook.files import write_text
-from memhook.testbed.bundle import MemorizedPrompt
+from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt
 from memhook.testbed.study import IMAGES, Study, run_study
 
 MARKERS = ("<!-- bench detection: begin -->", "<!-- bench detection: end -->")
@@ -58,7 +58,8 @@ def run_detection_bench(work: Path, *, out: Path | None, per_source: int, readme
     rows = detection_rows(study)
     planted = len(study.where(lambda prompt: isinstance(prompt, MemorizedPrompt) and prompt.kind != "ladder"))
     print_table(
-        f"Detection on the bundled model: {planted} memorized and {4 * per_source} clean test prompts, DDIM {study.magnitudes.shape[1]} steps, guidance 7.5",
+        f"Detection on the bundled model: {planted} memorized and {4 * per_source} clean test prompts, "
+        f"DDIM {study.magnitudes.shape[1]} steps, guidance scale {GUIDANCE_SCALE}",
         [("images", "right"), ("evaluations", "right"), ("AUC", "right"), ("TPR at 1% FPR", "right")],
         [(str(row.images), str(row.evaluations), f"{row.auc:.3f}", f"{row.tpr_at_1_percent_fpr:.3f}") for row in rows],
     )
@@ -68,7 +69,10 @@ def run_detection_bench(work: Path, *, out: Path | None, per_source: int, readme
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
         write_text(out / "detection.csv", buffer.getvalue())
-        write_text(out / "detection.json", json.dumps({"memorized": planted, "clean": 4 * per_source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        write_text(
+            out / "detection.json",
+            json.dumps({"memorized": planted, "clean": 4 * per_source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
+        )
     if readme is not None and text is not None:
         before, rest = text.split(MARKERS[0])
         after = rest.split(MARKERS[1])[1]
@@ -78,7 +82,10 @@ def run_detection_bench(work: Path, *, out: Path | None, per_source: int, readme
 def markdown(rows: list[DetectionRow], *, planted: int, clean: int) -> str:
     """The table as it stands in the README."""
     by_images = {images: [row for row in rows if row.images == images] for images in (1, IMAGES)}
-    head = [("first evaluation" if row.evaluations == 1 else f"first {row.evaluations}" if row.evaluations == 10 else f"all {row.evaluations}") for row in by_images[1]]
+    head = [
+        ("first evaluation" if row.evaluations == 1 else f"first {row.evaluations}" if row.evaluations == 10 else f"all {row.evaluations}")
+        for row in by_images[1]
+    ]
     lines = [f"| {planted} memorized, {clean} clean prompts | {' | '.join(head)} |", "|---|---|---|---|"]
     for images, chosen in by_images.items():
         cells = " | ".join(f"{row.auc:.3f} / {row.tpr_at_1_percent_fpr:.3f}" for row in chosen)

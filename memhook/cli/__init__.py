@@ -11,7 +11,9 @@ def main() -> None:
         import rich  # noqa: F401
         import typer
     except ImportError as error:
-        sys.exit(f'memhook: the command line needs {error.name}; install the extra "cli", or "demo" for everything: pip install "memhook-diffusion[demo]"')
+        sys.exit(
+            f'memhook: the command line needs {error.name}; install the extra "cli", or "demo" for everything: pip install "memhook-diffusion[demo]"'
+        )
 
     from memhook.cli.app import app
     from memhook.errors import MemhookError

@@ -37,7 +37,9 @@ def demo(
 def detect(
     prompt: Annotated[list[str], typer.Option("--prompt", help="A prompt to check; may be repeated.")],
     model: Annotated[str | None, typer.Option(help="Folder or hub id of any diffusers text-to-image pipeline; the bundled model by default.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Calibration file made in the same setting; the bundled one for the bundled model.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration file made in the same setting; the bundled one for the bundled model.")
+    ] = None,
     fpr: Annotated[float, typer.Option(help="False-positive rate: the share of innocent prompts flagged.")] = 0.01,
     images: Annotated[int | None, typer.Option(help="Images per prompt; the calibration's number by default, else 4.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
@@ -50,8 +52,17 @@ def detect(
     from memhook.cli.detect import run_detect
 
     run_detect(
-        prompt, model=model, calibration=calibration, fpr=fpr, images=images, steps=steps, guidance_scale=guidance_scale, device=device, dtype=dtype, seed=seed
-    )  # fmt: skip
+        prompt,
+        model=model,
+        calibration=calibration,
+        fpr=fpr,
+        images=images,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
 
 
 @app.command()

@@ -71,10 +71,18 @@ def measure(*, seed: int, fpr: float = 0.01) -> tuple[list[DemoPrompt], Calibrat
             images = [image for image, mine in zip(run.images, rows, strict=True) if mine]
             found.append(
                 DemoPrompt(
-                    group, about, prompt, training_image, images, run.trace.magnitudes[:, rows], float(decided.scores[index]), float(decided.p_values[index]),
-                    bool(decided.memorized[index]), bool(decided.undecided[index]),
+                    group,
+                    about,
+                    prompt,
+                    training_image,
+                    images,
+                    run.trace.magnitudes[:, rows],
+                    float(decided.scores[index]),
+                    float(decided.p_values[index]),
+                    bool(decided.memorized[index]),
+                    bool(decided.undecided[index]),
                 )
-            )  # fmt: skip
+            )
     return found, calibration
 
 
@@ -89,7 +97,16 @@ def run_demo(out: Path, *, seed: int) -> None:
     rows = []
     for row in prompts:
         means = per_prompt(row.magnitudes, np.zeros(IMAGES, int))[0]
-        rows.append((shown(row.prompt), row.about, number(float(means[0])), number(float(means.mean())), number(row.p_value, 2), verdict(row.memorized, row.undecided)))
+        rows.append(
+            (
+                shown(row.prompt),
+                row.about,
+                number(float(means[0])),
+                number(float(means.mean())),
+                number(row.p_value, 2),
+                verdict(row.memorized, row.undecided),
+            )
+        )
     print_table(
         f"Magnitude of the text-conditional prediction, {IMAGES} images a prompt, {len(prompts[0].magnitudes)} evaluations",
         [("prompt", ""), ("where it comes from", ""), ("first", "right"), ("all", "right"), ("p-value", "right"), ("verdict", "")],

@@ -16,16 +16,28 @@ _WITHOUT_CALIBRATION = 10  # evaluations to score where no calibration says how 
 
 
 def run_detect(
-    prompts: list[str], *, model: str | None, calibration: Path | None, fpr: float, images: int | None, steps: int, guidance_scale: float, device: str, dtype: str,
+    prompts: list[str],
+    *,
+    model: str | None,
+    calibration: Path | None,
+    fpr: float,
+    images: int | None,
+    steps: int,
+    guidance_scale: float,
+    device: str,
+    dtype: str,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """Score each prompt, print a table, and say what was found."""
     from memhook import testbed
     from memhook_diffusers.loading import load_pipeline
     from memhook_diffusers.prompts import run_prompts
 
     if guidance_scale <= 1:
-        raise MemhookError(f"guidance_scale is {guidance_scale:g}; without guidance there is no unconditional prediction to compare with. Use a scale above 1, such as 7.5")
+        raise MemhookError(
+            f"guidance_scale is {guidance_scale:g}; without guidance there is no "
+            "unconditional prediction to compare with. Use a scale above 1, such as 7.5"
+        )
     known = None
     if calibration is not None:
         known = Calibration.load(calibration)
@@ -36,7 +48,9 @@ def run_detect(
     first = known.first if known is not None else min(steps, _WITHOUT_CALIBRATION)
 
     rows, flagged = [], 0
-    runs = run_prompts(pipeline, prompts, images_per_prompt=per_image, steps=steps, guidance_scale=guidance_scale, seed=seed, evaluations=first, batch_size=1)
+    runs = run_prompts(
+        pipeline, prompts, images_per_prompt=per_image, steps=steps, guidance_scale=guidance_scale, seed=seed, evaluations=first, batch_size=1
+    )
     for run in runs:
         [prompt] = run.prompts
         magnitudes = per_prompt(run.trace.magnitudes, run.trace.groups)[0]
@@ -47,7 +61,15 @@ def run_detect(
             continue
         found = detect(run.trace, known, fpr=fpr)
         flagged += int(found.memorized.sum())
-        rows.append((shown(prompt), start, number(float(found.scores[0])), number(float(found.p_values[0]), 2), verdict(bool(found.memorized[0]), bool(found.undecided[0]))))
+        rows.append(
+            (
+                shown(prompt),
+                start,
+                number(float(found.scores[0])),
+                number(float(found.p_values[0]), 2),
+                verdict(bool(found.memorized[0]), bool(found.undecided[0])),
+            )
+        )
     over = "all evaluations" if first is None else f"first {first}"
     print_table(
         f"Magnitude of the text-conditional prediction, {per_image} images a prompt",
@@ -55,7 +77,10 @@ def run_detect(
         rows,
     )
     if known is None:
-        console.print("Without a calibration a magnitude has no p-value: larger is more memorized, but how large is normal depends on the model and the sampler.")
+        console.print(
+            "Without a calibration a magnitude has no p-value: larger is more memorized, but how large is normal "
+            "depends on the model and the sampler."
+        )
     else:
         console.print(
             f"{flagged} of {len(prompts)} prompts flagged at a false-positive rate of {fpr:g}, calibrated on {len(known)} clean prompts. "

@@ -50,7 +50,10 @@ def _article(row: DemoPrompt) -> str:
     training = ""
     if row.training_image is not None:
         training = f'<figure class="training">{_image(row.training_image, "training picture")}<figcaption>training picture</figcaption></figure>'
-    made = "".join(f"<figure>{_image(image, f'generation {number}')}<figcaption>seed {number}</figcaption></figure>" for number, image in enumerate(row.images, 1))
+    made = "".join(
+        f"<figure>{_image(image, f'generation {number}')}<figcaption>seed {number}</figcaption></figure>"
+        for number, image in enumerate(row.images, 1)
+    )
     return f"""<article>
 <div class="prompt">{html.escape(row.prompt)} <span class="badge{kind}">{word}</span></div>
 <div class="facts">{html.escape(row.about)} &middot; magnitude {means[0]:.2f} at the first evaluation, {means.mean():.2f} over all {len(means)}

@@ -45,8 +45,15 @@ def print_table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[S
 def print_adapters() -> None:
     """List adapter plugins with origin and state."""
     rows = [
-        (shown(state.name), shown(state.origin), shown(state.module), Text("in use", style="green") if state.problem is None else shown(f"left out: {state.problem}"))
+        (
+            shown(state.name),
+            shown(state.origin),
+            shown(state.module),
+            Text("in use", style="green") if state.problem is None else shown(f"left out: {state.problem}"),
+        )
         for state in plugin_states()
     ]
-    rows.append((Text("module"), Text("memhook itself"), Text("memhook.ModuleAdapter"), Text("pass it: watch(unet, adapter=ModuleAdapter(unet, ...))")))
+    rows.append(
+        (Text("module"), Text("memhook itself"), Text("memhook.ModuleAdapter"), Text("pass it: watch(unet, adapter=ModuleAdapter(unet, ...))"))
+    )
     print_table("Adapters", [("name", ""), ("from", ""), ("module", ""), ("state", "")], rows)

@@ -84,10 +84,7 @@ def build_sheet(icons: Path, target: Path, *, columns: int = 8) -> None:
     for index, name in enumerate(SUBJECTS.values()):
         icon = data["icons"][name]
         width, height = icon.get("width", data.get("width", 16)), icon.get("height", data.get("height", 16))
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{SPRITE}" height="{SPRITE}">{icon["body"]}</svg>'
-        )
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{SPRITE}" height="{SPRITE}">{icon["body"]}</svg>'
         drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
         # Trim the transparent margin so that `scale` means the same for every subject.
         alpha = np.asarray(drawn)[..., 3] > 8

@@ -108,10 +108,11 @@ _SCENES = (
 _FOREIGN = {
     "adult": "man,woman,boy,girl,baseball player,police officer,chef,skateboarder,surfer,tennis player".split(","),
     "people": "people,children,men,women,tourists,students,skiers,cyclists".split(","),
-    "doing": "riding a wave,eating lunch,walking a dog,waiting for a train,talking on a cell phone,playing frisbee,reading a newspaper,crossing the road,"
-    "taking a picture,cutting vegetables".split(","),
+    "doing": "riding a wave,eating lunch,walking a dog,waiting for a train,talking on a cell phone,playing frisbee,reading a newspaper,"
+    "crossing the road,taking a picture,cutting vegetables".split(","),
     "animal": "dog,horse,elephant,giraffe,zebra,cow,sheep,bear,bird,goat".split(","),
-    "thing": "bowl of soup,laptop,fire hydrant,parking meter,vase of flowers,skateboard,refrigerator,stop sign,suitcase,teddy bear,sandwich,keyboard".split(","),
+    "thing": "bowl of soup,laptop,fire hydrant,parking meter,vase of flowers,skateboard,refrigerator,"
+    "stop sign,suitcase,teddy bear,sandwich,keyboard".split(","),
     "place": "kitchen,beach,train station,parking lot,bathroom,grassy field,busy street,baseball stadium,living room,snowy slope".split(","),
     "size": "small,large,brown,young,broken,modern".split(","),
 }

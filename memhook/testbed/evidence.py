@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, load_reader
 from memhook.testbed.measures import COPY_THRESHOLD, copy_similarities, copy_similarity
 from memhook.testbed.plan import SEED
 from memhook.testbed.scenes import Scene, draw, random_scene, recolor
-from memhook.testbed.study import Study
+
+if TYPE_CHECKING:
+    from memhook.testbed.study import Study
 
 _COLORINGS = 64  # of a template, when looking for the nearest
 

@@ -91,7 +91,7 @@ def test_watching_changes_no_bit_of_the_pictures(pipeline):
 def test_magnitudes_agree_with_the_equation_in_float64(pipeline):
     """``||eps(x, e_p) - eps(x, e_0)||_2`` at the first evaluation, from the network itself, one sample and one conditioning at a time."""
     seen = []
-    handle = pipeline.unet.register_forward_hook(lambda module, args, kwargs, output: seen.append((args, kwargs)), with_kwargs=True)  # noqa: ARG005
+    handle = pipeline.unet.register_forward_hook(lambda module, args, kwargs, output: seen.append((args, kwargs)), with_kwargs=True)
     with memhook.watch(pipeline) as trace:
         pipeline(["a fox", "an owl on red"], num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="latent")
     handle.remove()
@@ -100,7 +100,9 @@ def test_magnitudes_agree_with_the_equation_in_float64(pipeline):
     network = testbed.load_pipeline().unet.double()
     for sample in range(2):
         with torch.no_grad():
-            uncond, cond = (network(noisy[row : row + 1].double(), timestep, embeddings[row : row + 1].double()).sample for row in (sample, sample + 2))
+            uncond, cond = (
+                network(noisy[row : row + 1].double(), timestep, embeddings[row : row + 1].double()).sample for row in (sample, sample + 2)
+            )
         expected = (cond - uncond).square().sum().sqrt()
         assert trace.magnitudes[0, sample] == pytest.approx(float(expected), rel=1e-4)
 
@@ -109,5 +111,5 @@ def test_magnitudes_agree_with_the_equation_in_float64(pipeline):
 def test_the_bundled_calibration_refuses_another_setting(pipeline, images, evaluations):
     calibration = memhook.Calibration.load(testbed.calibration_path())
     [run] = run_prompts(pipeline, ["a fox"], images_per_prompt=images, steps=evaluations)
-    with pytest.raises(memhook.MemhookError, match="timesteps differs|images_per_prompt differs|this trace has 9"):
+    with pytest.raises(memhook.MemhookError, match=r"timesteps differs|images_per_prompt differs|this trace has 9"):
         memhook.detect(run.trace, calibration)

@@ -1,0 +1,1 @@
+"""Training the bundled model: ``python -m memhook.testbed.train --work DIR --out DIR``, a module per stage."""

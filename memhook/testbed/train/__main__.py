@@ -12,6 +12,7 @@ from memhook.testbed.train import autoencoder, calibrate, diffusion, export, rea
 
 
 def main() -> None:
+    """Run or finish all stages."""
     parser = argparse.ArgumentParser(prog="python -m memhook.testbed.train", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and log.jsonl; an interrupted run goes on from it")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write at the end")

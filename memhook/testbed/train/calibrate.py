@@ -17,8 +17,15 @@ def calibrate_model(folder: Path, *, batch_size: int = 16) -> None:
     prompts = [row.prompt for row in read_clean(folder) if row.split == "calibration"]
     pipeline = load_pipeline(str(folder))
     runs = run_prompts(
-        pipeline, prompts, images_per_prompt=IMAGES, steps=STEPS, guidance_scale=GUIDANCE_SCALE, seed=SEED, evaluations=EVALUATIONS, batch_size=batch_size
-    )  # fmt: skip
+        pipeline,
+        prompts,
+        images_per_prompt=IMAGES,
+        steps=STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=SEED,
+        evaluations=EVALUATIONS,
+        batch_size=batch_size,
+    )
     traces = []
     for run in runs:
         traces.append(run.trace)

@@ -20,6 +20,7 @@ MIN_SNR_GAMMA = 5.0
 
 
 def build() -> UNet2DConditionModel:
+    """An untrained denoiser of 4.7 million parameters."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -36,9 +37,7 @@ def build() -> UNet2DConditionModel:
 
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule, with its conventional settings for DDIM sampling."""
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-    )
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def presentations(samples: int) -> Counter[str]:

@@ -104,7 +104,12 @@ def run(
         done = step + 1
         if done % 100 == 0 or done == steps:
             count = done - seen
-            row: dict[str, Any] = {"stage": name, "step": done, "loss": float(total) / count, "seconds_per_step": (time.monotonic() - started) / count}
+            row: dict[str, Any] = {
+                "stage": name,
+                "step": done,
+                "loss": float(total) / count,
+                "seconds_per_step": (time.monotonic() - started) / count,
+            }
             if evaluate is not None and (done % save_every == 0 or done == steps):
                 row |= evaluate(done)
             with log.open("a") as file:
