@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,8 @@ class Trace:
         """
         if not self._rows:
             raise NoGuidanceError(
-                "nothing was recorded: the denoiser did not run inside the `with` block, or it ran in another thread "
+                self._why_missing
+                or "nothing was recorded: the denoiser did not run inside the `with` block, or it ran in another thread "
                 "than the one that entered the block. Run the sampler inside the block"
             )
         self._settle()
@@ -223,7 +224,7 @@ class Trace:
         """How it was found which prediction is the conditional one, the weakest where evaluations differ; None before any was recorded."""
         self._settle()
         found = {row.roles for row in self._rows if row.magnitude is not None and row.roles is not None}
-        return next((roles for roles in ("assumed", "fitted", "matched") if roles in found), self._declared)  # type: ignore[return-value]
+        return next((roles for roles in ("assumed", "fitted", "matched") if roles in found), self._declared)
 
     @property
     def guidance_scale(self) -> np.ndarray | None:
@@ -255,6 +256,27 @@ class Trace:
             part._declared, part._why_missing = self._declared, self._why_missing
             found.append(part)
         return found
+
+    def samples(self, rows: slice) -> Trace:
+        """The trace of some of the samples, such as those of one prompt: ``trace.samples(slice(0, 4))``. Numbers only, no evaluations."""
+        self._settle()
+        self._read()
+        part = Trace(host=self.host, space=self.space, describe=self._describe)
+        part._declared, part._why_missing = self._declared, self._why_missing
+        for row in self._rows:
+            taken = replace(
+                row,
+                magnitude=None if row.magnitude is None else row.magnitude[rows],
+                same_inputs=None if row.same_inputs is None else row.same_inputs[rows],
+                conditioning=None if row.conditioning is None else row.conditioning[:, rows],
+                scale=None if row.scale is None else row.scale[rows],
+                values=None if row.values is None else row.values[rows],
+                settle=None,
+                refuted=None,
+                samples=len(range(row.samples)[rows]),
+            )
+            part._rows.append(taken)
+        return part
 
     @property
     def setting(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point: says what to install where the extra ``cli`` is missing, and turns memhook's errors into one line and exit status 1."""
+    """Entry point: says what to install where the extra ``cli`` is missing, and turns memhook's errors into one line and exit status 2."""
     try:
         import rich  # noqa: F401
         import typer
@@ -22,4 +22,4 @@ def main() -> None:
         app()
     except MemhookError as error:
         typer.echo(f"memhook: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2)

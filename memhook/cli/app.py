@@ -33,36 +33,66 @@ def demo(
     run_demo(out, seed=seed)
 
 
+Model = Annotated[str | None, typer.Option(help="Folder or hub id of any diffusers text-to-image pipeline; the bundled model by default.")]
+Steps = Annotated[int, typer.Option(help="Steps of the sampler.")]
+GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance scale, above 1.")]
+Device = Annotated[str, typer.Option(help="Device, such as cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts that run together.")]
+
+
 @app.command()
 def detect(
-    prompt: Annotated[list[str], typer.Option("--prompt", help="A prompt to check; may be repeated.")],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of any diffusers text-to-image pipeline; the bundled model by default.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt to check; may be repeated.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="File of prompts: .txt, .jsonl, .csv or .parquet; - for text on standard input.")] = None,
+    model: Model = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Calibration file made in the same setting; the bundled one for the bundled model.")
     ] = None,
     fpr: Annotated[float, typer.Option(help="False-positive rate: the share of innocent prompts flagged.")] = 0.01,
+    out: Annotated[str | None, typer.Option(help="Write a JSON line per prompt to this file; - for standard output.")] = None,
+    fail_on_flag: Annotated[bool, typer.Option("--fail-on-flag", help="Exit with status 1 when a prompt is flagged.")] = False,
     images: Annotated[int | None, typer.Option(help="Images per prompt; the calibration's number by default, else 4.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance scale, above 1.")] = 7.5,
-    device: Annotated[str, typer.Option(help="Device, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Seed = 0,
+    batch_size: BatchSize = 8,
 ) -> None:
     """Say for each prompt whether the model seems to have memorized a picture for it."""
-    from memhook.cli.detect import run_detect
+    from memhook.cli.detect import Sampling, run_detect
+    from memhook.prompt_files import PromptRow, read_prompts
 
-    run_detect(
-        prompt,
-        model=model,
-        calibration=calibration,
-        fpr=fpr,
-        images=images,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give either --prompt (once or more) or --prompts FILE")
+    rows = [PromptRow(number, text) for number, text in enumerate(prompt or [], 1)] if prompts is None else read_prompts(prompts)
+    sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
+    raise typer.Exit(run_detect(rows, sampling, calibration=calibration, fpr=fpr, out=out, fail_on_flag=fail_on_flag))
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[
+        str, typer.Option(help="File of prompts that are not memorized: .txt, .jsonl, .csv or .parquet; - for text on standard input.")
+    ],
+    out: Annotated[Path, typer.Option(help="The calibration file to write, .safetensors.")],
+    model: Model = None,
+    first: Annotated[int | None, typer.Option(help="Score over the first so many evaluations, and run only these; all if not given.")] = 10,
+    images: Annotated[int | None, typer.Option(help="Images per prompt; 4 by default.")] = None,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the first image; take another one than for detection.")] = 1_000_000,
+    batch_size: BatchSize = 8,
+) -> None:
+    """Make a calibration file from prompts known not to be memorized (99 or more for a false-positive rate of 1%)."""
+    from memhook.cli.calibrate import run_calibrate
+    from memhook.cli.detect import Sampling
+    from memhook.prompt_files import read_prompts
+
+    run_calibrate(read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out)
 
 
 @app.command()
