@@ -65,6 +65,7 @@ class DiffusersAdapter:
                 stack.enter_context(listen_to(guider, "forward", run.on_guider))
             del pipeline, parts  # the block must not keep them alive
             yield
+            run.finish()
 
 
 def _main(parts: Parts) -> nn.Module:

@@ -43,6 +43,8 @@ class Run:
         self._calls: deque[Call] = deque(maxlen=2 * _MOST)
         self._named: dict[str, Any] = {}  # what a guider was given, by name
         self._layouts: dict[Any, Layout] = {}
+        self._recorded = False
+        self._unread: tuple[int, ...] | None = None  # what a scheduler was given that no output has the form of
         self._timesteps: Any = None  # the scheduler's, weakly: another tensor means another run
 
     # ---- what the hooks report ------------------------------------------------------------------------------------
@@ -70,7 +72,9 @@ class Run:
         target = _without_variance(model_output, arguments.get("sample")).detach()
         ways = _readings(calls, tuple(target.shape))
         if not ways:
+            self._unread = tuple(target.shape)
             return  # a step of something that was not watched (the sound track of LTX 2)
+        self._recorded = True
         self._new_run(scheduler)
         used = [call for call, _, _, _ in ways[0]]
         seen = find_timestep(used[0].args, used[0].kwargs)
@@ -87,6 +91,16 @@ class Run:
                 return
             ways, doubled, target = [halves], _equal_halves(target, halves[0][3]), target.chunk(2)[0]
         self._evaluate(ways, target, space_of(scheduler), timestep, doubled=doubled, named=named)
+
+    def finish(self) -> None:
+        """The block has ended: say why nothing was recorded, if so."""
+        if self._recorded or not (self._calls or self._unread):
+            return
+        stepped = f"was given {self._unread}, a form that no output has" if self._unread else "was never stepped"
+        self._watcher.missing(
+            f"{self._name} called its denoiser, but its scheduler {stepped}, so the calls cannot be told apart into evaluations. "
+            "Watch the denoiser itself with memhook.ModuleAdapter"
+        )
 
     # ---- private --------------------------------------------------------------------------------------------------
 

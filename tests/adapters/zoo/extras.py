@@ -109,7 +109,7 @@ def _() -> Host:
         caption_channels=WIDTH,
         use_additional_conditions=False,
     )
-    components = {"transformer": randomize(transformer), "scheduler": DDIMScheduler(clip_sample=False), "vae": images.vae()}
+    components = {"transformer": randomize(transformer), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1), "vae": images.vae()}
     call = {"height": 16, "width": 16, "use_resolution_binning": False, "negative_prompt": None, "pag_scale": 2.0}
     return host("PixArtSigmaPAGPipeline", components, **call, **text(mask=True))
 

@@ -43,7 +43,7 @@ def parts(**changes: Any) -> dict[str, Any]:
         "text_encoder": None,
         "tokenizer": None,
         "unet": unet(),
-        "scheduler": DDIMScheduler(clip_sample=False),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
@@ -87,12 +87,14 @@ def _() -> Host:
 
 @family("StableDiffusionPipeline, PNDM", "uc")
 def _() -> Host:
-    return host("StableDiffusionPipeline", components=parts(scheduler=diffusers.PNDMScheduler(skip_prk_steps=True)))
+    return host("StableDiffusionPipeline", components=parts(scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)))
 
 
 @family("StableDiffusionPipeline, v-prediction", "uc")
 def _() -> Host:
-    return host("StableDiffusionPipeline", components=parts(scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False)))
+    return host(
+        "StableDiffusionPipeline", components=parts(scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1))
+    )
 
 
 @family("StableDiffusionPipeline, guidance off", "c", missing="guidance_scale above 1")
@@ -162,7 +164,7 @@ def xl_parts(**changes: Any) -> dict[str, Any]:
         "text_encoder_2": None,
         "tokenizer_2": None,
         "unet": denoiser,
-        "scheduler": DDIMScheduler(clip_sample=False),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
         **changes,
     }
 

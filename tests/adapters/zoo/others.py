@@ -68,7 +68,7 @@ def movq() -> torch.nn.Module:
 
 @family("KandinskyV22Pipeline, image embeddings", "uc", replay=False)
 def _() -> Host:
-    pipeline = quiet(diffusers.KandinskyV22Pipeline(unet=kandinsky_unet(), movq=movq(), scheduler=DDIMScheduler(clip_sample=False)))
+    pipeline = quiet(diffusers.KandinskyV22Pipeline(unet=kandinsky_unet(), movq=movq(), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1)))
     embeds = {"image_embeds": randn(PROMPTS, 6), "negative_image_embeds": randn(PROMPTS, 6, seed=1)}
     return Host(pipeline, run_of(pipeline, num_inference_steps=STEPS, height=16, width=16, output_type="latent", **embeds))
 
@@ -125,7 +125,11 @@ def _() -> Host:
 @family("KandinskyV22CombinedPipeline, two stages", "uc")
 def _() -> Host:
     prior = {f"prior_{name}": part for name, part in kandinsky_prior_parts().items()}
-    pipeline = quiet(diffusers.KandinskyV22CombinedPipeline(unet=kandinsky_unet(), movq=movq(), scheduler=DDIMScheduler(clip_sample=False), **prior))
+    pipeline = quiet(
+        diffusers.KandinskyV22CombinedPipeline(
+            unet=kandinsky_unet(), movq=movq(), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), **prior
+        )
+    )
     run = run_of(
         pipeline,
         prompt=["a red apple", "two boats"],
@@ -215,7 +219,7 @@ def _() -> Host:
         "text_encoder": encoder,
         "tokenizer": None,
         "unet": unet,
-        "scheduler": DDIMScheduler(clip_sample=False),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
         "vocoder": vocoder,
     }
     pipeline = quiet(diffusers.AudioLDMPipeline(**components))

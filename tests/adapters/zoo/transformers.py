@@ -75,7 +75,7 @@ def pixart(name: str) -> Host:
         caption_channels=WIDTH,
         use_additional_conditions=False,
     )
-    components = {"transformer": randomize(transformer), "scheduler": diffusers.DDIMScheduler(clip_sample=False), "vae": vae()}
+    components = {"transformer": randomize(transformer), "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), "vae": vae()}
     return host(name, components, height=16, width=16, use_resolution_binning=False, negative_prompt=None, **text(mask=True))
 
 
@@ -159,7 +159,7 @@ def dit(**call: Any) -> Host:
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=SIZE, norm_num_groups=1
     )
-    components = {"transformer": randomize(transformer), "scheduler": diffusers.DDIMScheduler(clip_sample=False), "vae": vae()}
+    components = {"transformer": randomize(transformer), "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), "vae": vae()}
     pipeline = quiet(diffusers.DiTPipeline(**components))
     arguments = {"num_inference_steps": STEPS, "output_type": "np", **call}
     return Host(pipeline, lambda: pipeline([1, 2], generator=generator(), **arguments)[0], denoisers=("transformer",))

@@ -143,7 +143,7 @@ def frames_unet(kind: str, **changes: Any) -> torch.nn.Module:
 
 @family("TextToVideoSDPipeline, frames in the batch", "uc")
 def _() -> Host:
-    components = {"vae": images.vae(), "text_encoder": None, "tokenizer": None, "scheduler": DDIMScheduler(clip_sample=False)}
+    components = {"vae": images.vae(), "text_encoder": None, "tokenizer": None, "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
     components["unet"] = frames_unet("UNet3DConditionModel", attention_head_dim=4)
     built = images.host("TextToVideoSDPipeline", components=components, num_frames=3, height=16, width=16)
     built.samples = PROMPTS
@@ -169,7 +169,7 @@ def _() -> Host:
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
     )
-    components = {"transformer": randomize(transformer), "scheduler": DDIMScheduler(clip_sample=False), "vae": images.vae()}
+    components = {"transformer": randomize(transformer), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1), "vae": images.vae()}
     return host("LattePipeline", components, height=16, width=16, video_length=2, negative_prompt=None, **text())
 
 
