@@ -301,3 +301,14 @@ def test_to_dict_of_infinities_is_json():
     trace = Trace()
     trace.record(torch.full((1, 4), math.inf), torch.zeros(1, 4), timestep=1)
     assert json.loads(json.dumps(trace.to_dict(), allow_nan=False))["magnitudes"] == [[None]]
+
+
+def test_samples_are_a_trace_of_some_of_the_samples():
+    trace = Trace()
+    for level in (900, 500):
+        trace.record(torch.full((4, 2), float(level)) * torch.arange(1, 5)[:, None], torch.zeros(4, 2), timestep=level)
+    part = trace.samples(slice(1, 3))
+    assert np.array_equal(part.magnitudes, trace.magnitudes[:, 1:3])
+    assert np.array_equal(part.timesteps, trace.timesteps)
+    assert part.roles == trace.roles
+    assert len(part.groups) == 2

@@ -134,3 +134,28 @@ def bench_detection(
     from memhook.bench.detection import run_detection_bench
 
     run_detection_bench(work, out=out, per_source=per_source, readme=readme)
+
+
+@bench_app.command("capture")
+def bench_capture(
+    rounds: Annotated[int, typer.Option(help="Pairs of runs, without and with watching, per way and model.")] = 7,
+    images: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 10,
+    large: Annotated[bool, typer.Option(help="Also a random UNet of 50 million parameters.")] = True,
+    device: Device = "cpu",
+) -> None:
+    """What watching costs: time against not watching, bytes kept, and waits for the device, beside the naive way (about 3 minutes on 2 cores)."""
+    from memhook.cli.bench import run_capture_bench
+
+    run_capture_bench(rounds=rounds, images=images, steps=steps, large=large, device=device)
+
+
+@bench_app.command("gradients")
+def bench_gradients(
+    updates: Annotated[int, typer.Option(help="Updates of an optimization.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each way; the median is shown.")] = 3,
+) -> None:
+    """What gradients cost on the bundled model: in forward passes, bytes and seconds, beside the naive way."""
+    from memhook.cli.bench import run_gradients_bench
+
+    run_gradients_bench(updates=updates, repeats=repeats)

@@ -24,7 +24,7 @@ _COLORINGS = 64  # of a template, when looking for the nearest
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 ``(n, 32, 32, 3)`` to float ``(n, 3, 32, 32)`` in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def _scene(fields: dict[str, Any]) -> Scene:
