@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,15 @@ testbed_app = typer.Typer(no_args_is_help=True, help="The bundled model that rea
 bench_app = typer.Typer(no_args_is_help=True, help="Measured results, printed by the run that measured them.")
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
+
+
+class Action(str, Enum):
+    """What a guard does with a flagged prompt."""
+
+    MITIGATE = "mitigate"
+    STOP = "stop"
+    WARN = "warn"
+
 
 Seed = Annotated[int, typer.Option(help="Seed of the first image; every image has its own.")]
 
@@ -93,6 +103,52 @@ def calibrate(
     from memhook.prompt_files import read_prompts
 
     run_calibrate(read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out)
+
+
+@app.command()
+def attribute(
+    prompt: Annotated[str, typer.Option(help="The prompt whose words are scored.")],
+    model: Model = None,
+    evaluations: Annotated[int, typer.Option(help="Average over the first so many evaluations; each costs one backward pass.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the scores: .html, .png or .json.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images to average over; 4 by default.")] = None,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Score the words of a prompt by how strongly they drive the text-conditional prediction."""
+    from memhook.cli.attribute import run_attribute
+    from memhook.cli.detect import Sampling
+
+    run_attribute(prompt, Sampling(model, images, steps, guidance_scale, device, dtype, seed, 1), evaluations=evaluations, out=out)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The prompt.")],
+    out: Annotated[Path, typer.Option(help="Folder for pictures, comparison.png and report.json.")],
+    model: Model = None,
+    calibration: Annotated[Path | None, typer.Option("--guard", help="Calibration file; the bundled one for the bundled model.")] = None,
+    action: Annotated[Action, typer.Option(help="What to do with a flagged prompt.")] = Action.MITIGATE,
+    fpr: Annotated[float, typer.Option(help="False-positive rate of the guard.")] = 0.01,
+    decide_after: Annotated[int, typer.Option(help="Evaluations after which the guard decides.")] = 1,
+    target: Annotated[float | None, typer.Option(help="Magnitude to reach, per sample; the clean prompts' median if not given.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images; the calibration's number by default.")] = None,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Generate the same seeds without and with a guard, side by side."""
+    from memhook.cli.detect import Sampling
+    from memhook.cli.generate import run_generate
+
+    sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, 1)
+    status = run_generate(prompt, sampling, calibration=calibration, action=action.value, fpr=fpr, decide_after=decide_after, target=target, out=out)
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -59,6 +59,14 @@ class Sampling:
 
         return testbed.load_pipeline() if self.model is None else load_pipeline(self.model, dtype=self.dtype, device=self.device)
 
+    def generate(self, pipeline: Any, prompt: str, *, images: int) -> list[Any]:
+        """Pictures of one prompt, each with a seed of its own: the same ones whenever it is called."""
+        import torch
+
+        generators = [torch.Generator().manual_seed(self.seed + image) for image in range(images)]
+        options = {"num_images_per_prompt": images, "num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
+        return list(pipeline(prompt=prompt, generator=generators, **options).images)
+
 
 @dataclass(frozen=True)
 class Verdict:
