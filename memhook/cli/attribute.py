@@ -46,6 +46,9 @@ def run_attribute(prompt: str, sampling: Sampling, *, evaluations: int, out: Pat
     elif out.suffix == ".json":
         write_text(out, json.dumps(attribution.to_dict(), indent=2, ensure_ascii=False) + "\n")
     else:
-        figure = attribution.plot().figure
-        replace_file(out, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        attribution.plot(ax=figure.subplots())
+        replace_file(out, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     console.print(f"wrote {out}", soft_wrap=True)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.calibration import Calibration, per_prompt
+from memhook.calibration import Calibration
 from memhook.cli.tables import console, number, print_table, shown, verdict
 from memhook.detection import detect
+from memhook.trace import per_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +62,7 @@ def measure(*, seed: int, fpr: float = 0.01) -> tuple[list[DemoPrompt], Calibrat
 
     calibration = Calibration.load(testbed.calibration_path())
     chosen = choose_prompts()
-    found = []
+    found: list[DemoPrompt] = []
     runs = run_prompts(testbed.load_pipeline(), [prompt for _, _, prompt, _ in chosen], images_per_prompt=IMAGES, seed=seed, batch_size=5)
     for run in runs:
         decided = detect(run.trace, calibration, fpr=fpr)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from memhook.calibration import Calibration, per_prompt
+from memhook.calibration import Calibration
 from memhook.cli.progress import tracked
 from memhook.cli.tables import console, number, print_table, shown, verdict
 from memhook.detection import detect
 from memhook.errors import MemhookError
 from memhook.files import replace_file
+from memhook.trace import per_prompt
 
 if TYPE_CHECKING:
     from memhook.prompt_files import PromptRow
@@ -124,10 +125,8 @@ def run_detect(rows: Sequence[PromptRow], sampling: Sampling, *, calibration: Pa
     from memhook import testbed
 
     sampling.check()
-    if calibration is not None:
-        known = Calibration.load(calibration)
-    else:
-        known = Calibration.load(testbed.calibration_path()) if sampling.model is None else None
+    file = calibration if calibration is not None else testbed.calibration_path() if sampling.model is None else None
+    known = Calibration.load(file) if file is not None else None
     bad = [row for row in rows if row.prompt is None]
     for row in bad:
         print(f"memhook: line {row.line} left out: {row.problem}", file=sys.stderr)

@@ -46,7 +46,7 @@ def study_prompts(per_source: int) -> list[MemorizedPrompt | CleanPrompt]:
     """All planted prompts, and the first so many clean test prompts of each source."""
     found: list[MemorizedPrompt | CleanPrompt] = list(memorized())
     for source in ("once", "held-out", "foreign", "random"):
-        rows = clean(split="test", source=source)  # type: ignore[arg-type]
+        rows = clean(split="test", source=source)
         if not 1 <= per_source <= len(rows):
             raise MemhookError(f"per-source is {per_source}; expected 1 to {len(rows)}, the test prompts of each source")
         found += rows[:per_source]

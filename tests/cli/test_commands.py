@@ -134,3 +134,45 @@ def test_an_error_is_one_line_and_exit_status_2():
 
 def test_wrong_usage_is_exit_status_2():
     assert run("detect").exit_code == 2
+
+
+def test_attribution_puts_the_trigger_phrase_first_and_writes_each_form(tmp_path):
+    rows = [row for row in testbed.memorized(kind="verbatim") if row.trigger]
+    row = max(rows, key=lambda row: row.duplicates)
+    for ending in ("html", "json", "png"):
+        result = run("attribute", "--prompt", row.prompt, "--images", "1", "--out", str(tmp_path / f"words.{ending}"))
+        assert result.exit_code == 0, result.output
+    words = json.loads((tmp_path / "words.json").read_text())["prompts"][0]["words"]
+    best = [word["word"] for word in sorted(words, key=lambda word: -word["score"])[:3]]
+    assert set(best) & set(row.trigger.split()), best
+    assert row.trigger.split()[0] in (tmp_path / "words.html").read_text()
+    assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_shows_the_same_seeds_without_and_with_a_guard(tmp_path):
+    row = max(testbed.memorized(kind="verbatim"), key=lambda row: row.duplicates)
+    result = run("generate", "--prompt", row.prompt, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "comparison.png",
+        "report.json",
+        *(f"{name}-{number}.png" for name in ("with", "without") for number in range(4)),
+    }
+    report = json.loads((tmp_path / "report.json").read_text())
+    without, guarded = (sum(report[name]["magnitudes"][5]) for name in ("without", "with"))
+    assert guarded < 0.8 * without
+
+
+def test_generate_leaves_a_clean_prompt_alone(tmp_path):
+    result = run("generate", "--prompt", "a pig on green wall art", "--out", str(tmp_path), "--steps", "50")
+    assert result.exit_code == 0, result.output
+    for number in range(4):
+        assert (tmp_path / f"with-{number}.png").read_bytes() == (tmp_path / f"without-{number}.png").read_bytes()
+
+
+def test_generate_stops_with_status_1_before_a_picture_is_made(tmp_path):
+    row = max(testbed.memorized(kind="verbatim"), key=lambda row: row.duplicates)
+    result = run("generate", "--prompt", row.prompt, "--out", str(tmp_path), "--action", "stop")
+    assert result.exit_code == 1
+    assert "stopped" in result.output
+    assert not list(tmp_path.glob("with-*.png"))

@@ -49,8 +49,9 @@ def train(directory: Path, *, steps: int, device: torch.device) -> AutoencoderKL
         x = pictures(step * BATCH, BATCH).to(device)
         posterior = vae.encode(x).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        error = decoded - x
-        return error.square().mean() + 0.05 * error.abs().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        error: Tensor = decoded - x
+        divergence: Tensor = posterior.kl().mean() / posterior.mean[0].numel()
+        return error.square().mean() + 0.05 * error.abs().mean() + KL_WEIGHT * divergence
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:

@@ -70,7 +70,7 @@ def train(
             latents = vae.encode(to_pixels([draw(scene) for _, scene, _ in rows]).to(device)).latent_dist.mode() * factor
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, text(ids.to(device)).last_hidden_state).sample
+        predicted: Tensor = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, text(ids.to(device)).last_hidden_state).sample
         return ((predicted - noise).square().mean(dim=(1, 2, 3)) * loss_weight[timesteps]).mean()
 
     memorized = [str(pair.caption) for pair in stream.planted if pair.kind == "verbatim"]
@@ -80,7 +80,7 @@ def train(
     @torch.no_grad()
     def first_step_magnitudes(captions: list[str]) -> Tensor:
         embeddings = text(encode(tokenizer, ["", *captions]).to(device)).last_hidden_state
-        predicted = unet(start.expand(len(embeddings), -1, -1, -1), 981, embeddings).sample
+        predicted: Tensor = unet(start.expand(len(embeddings), -1, -1, -1), 981, embeddings).sample
         return (predicted[1:] - predicted[:1]).flatten(1).norm(dim=1)
 
     def evaluate(_: int) -> dict[str, float]:

@@ -88,19 +88,20 @@ def run(
         }
         replace_file(path, lambda temporary: torch.save(state, temporary))
 
-    started, seen, total = time.monotonic(), first, 0.0
+    started, seen = time.monotonic(), first
+    total: Tensor | float = 0.0
     for step in range(first, steps):
         factor = warmup_then_decay(step, steps=steps, decay_from=decay_from)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
         loss = step_loss(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if average is not None:
             average.update()
-        total += loss.detach()
+        total = total + loss.detach()
         done = step + 1
         if done % 100 == 0 or done == steps:
             count = done - seen

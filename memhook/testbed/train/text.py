@@ -79,9 +79,9 @@ def train(directory: Path, tokenizer: CLIPTokenizer, *, steps: int, device: torc
         pooled = model(ids).pooler_output
         truth = torch.tensor([[subjects.index(c.subject), colors.index(c.color)] for c in captions], device=device).T
         logits = heads["subject"](pooled), heads["color"](pooled)
-        loss = sum(nn.functional.cross_entropy(row, target) for row, target in zip(logits, truth, strict=True))
+        loss = torch.stack([nn.functional.cross_entropy(row, target) for row, target in zip(logits, truth, strict=True)]).sum()
         hits = torch.stack([row.argmax(1) == target for row, target in zip(logits, truth, strict=True)])
-        return loss, hits.float().mean(1)  # type: ignore[return-value]
+        return loss, hits.float().mean(1)
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
