@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "adapters" / "README.md", *(ROOT / "docs").glob("*.md")])
-EXECUTED = [path for path in DOCUMENTS if "```python" in path.read_text()]
+# adapters/README.md shows several files, which tests/adapters/test_readme.py writes and runs.
+EXECUTED = [path for path in DOCUMENTS if "```python" in path.read_text() and path.parent.name != "adapters"]
 
 
 def blocks(path, language):
