@@ -79,7 +79,7 @@ def _figure(pictures: dict[str, list[Any]], traces: dict[str, Trace]) -> Any:
 
     columns = max(len(images) for images in pictures.values())
     figure = Figure(figsize=(2.2 * columns, 2.3 * len(pictures) + 3), layout="constrained")
-    upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[2.3 * len(pictures), 3]))
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.3 * len(pictures), 3])[:, 0]
     grid = upper.subplots(len(pictures), columns, squeeze=False)
     for row, (name, images) in zip(grid, pictures.items(), strict=True):
         for axes in row:

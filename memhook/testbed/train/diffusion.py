@@ -52,7 +52,7 @@ def train(
     """Train (or finish training) the denoiser and the text encoder; both hold averaged weights on return."""
     torch.manual_seed(1)
     unet = build().to(device, memory_format=torch.channels_last)
-    alphas = scheduler().alphas_cumprod.to(device)
+    alphas: Tensor = scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     loss_weight = snr.clamp(max=MIN_SNR_GAMMA) / snr  # Hang et al. 2023, for noise prediction
     stream = TrainingStream()
@@ -81,7 +81,7 @@ def train(
     def first_step_magnitudes(captions: list[str]) -> Tensor:
         embeddings = text(encode(tokenizer, ["", *captions]).to(device)).last_hidden_state
         predicted: Tensor = unet(start.expand(len(embeddings), -1, -1, -1), 981, embeddings).sample
-        return (predicted[1:] - predicted[:1]).flatten(1).norm(dim=1)
+        return torch.linalg.vector_norm((predicted[1:] - predicted[:1]).flatten(1), dim=1)
 
     def evaluate(_: int) -> dict[str, float]:
         planted, clean = first_step_magnitudes(memorized), first_step_magnitudes(held_out)

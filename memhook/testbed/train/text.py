@@ -84,7 +84,7 @@ def train(directory: Path, tokenizer: CLIPTokenizer, *, steps: int, device: torc
         return loss, hits.float().mean(1)
 
     @torch.no_grad()
-    def evaluate(_: int) -> dict[str, float]:
+    def evaluate(_step: int) -> dict[str, float]:
         _, hits = loss_and_hits(0, 256, "text held out")
         return {"subject_accuracy": float(hits[0]), "color_accuracy": float(hits[1])}
 
