@@ -81,7 +81,8 @@ def train(
     def first_step_magnitudes(captions: list[str]) -> Tensor:
         embeddings = text(encode(tokenizer, ["", *captions]).to(device)).last_hidden_state
         predicted: Tensor = unet(start.expand(len(embeddings), -1, -1, -1), 981, embeddings).sample
-        return torch.linalg.vector_norm((predicted[1:] - predicted[:1]).flatten(1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm((predicted[1:] - predicted[:1]).flatten(1), dim=1)
+        return norms
 
     def evaluate(_: int) -> dict[str, float]:
         planted, clean = first_step_magnitudes(memorized), first_step_magnitudes(held_out)
