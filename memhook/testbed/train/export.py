@@ -64,5 +64,7 @@ def export(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     save_file({name: value.contiguous() for name, value in reader.to(torch.float16).state_dict().items()}, temporary / "reader.safetensors")
     ground_truth(temporary, tokenizer, samples=samples)
+    for path in temporary.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
