@@ -53,7 +53,8 @@ def run_detection_bench(work: Path, *, out: Path | None, per_source: int, readme
     """Sample (or go on sampling), print the table, and write it where asked."""
     from rich.progress import track
 
-    text = _readme_text(readme) if readme is not None else None  # before the long run: a wrong file is told at once
+    if readme is not None:
+        _readme_text(readme)  # before the long run: a wrong file is told at once
     study = run_study(work, per_source=per_source, track=lambda batches: iter(track(batches, "sampling prompts", console=console)))
     rows = detection_rows(study)
     planted = len(study.where(lambda prompt: isinstance(prompt, MemorizedPrompt) and prompt.kind != "ladder"))
@@ -73,8 +74,8 @@ def run_detection_bench(work: Path, *, out: Path | None, per_source: int, readme
             out / "detection.json",
             json.dumps({"memorized": planted, "clean": 4 * per_source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
         )
-    if readme is not None and text is not None:
-        before, rest = text.split(MARKERS[0])
+    if readme is not None:
+        before, rest = _readme_text(readme).split(MARKERS[0])  # read again: it may have been edited in the meantime
         after = rest.split(MARKERS[1])[1]
         write_text(readme, f"{before}{MARKERS[0]}\n{markdown(rows, planted=planted, clean=4 * per_source)}{MARKERS[1]}{after}")
 
