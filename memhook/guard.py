@@ -133,10 +133,10 @@ def guard(
     first = _decides_after(calibration)
     threshold = calibration.threshold(fpr)  # too few prompts: say so before the run
     if target_magnitude is None:
-        target, tolerable = float(np.nanmedian(calibration.magnitudes[:, first - 1])), threshold
+        goal, tolerable = float(np.nanmedian(calibration.magnitudes[:, first - 1])), threshold
     else:
-        target = tolerable = target_magnitude
-    settings = Settings(target, tolerable, lr, max_steps, fixed_tokens)
+        goal = tolerable = target_magnitude
+    settings = Settings(goal, tolerable, lr, max_steps, fixed_tokens)
 
     def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
         report.detection = detection = detect(report.trace, calibration, fpr=fpr)

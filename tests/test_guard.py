@@ -114,6 +114,19 @@ def test_a_clean_run_costs_no_call_and_no_bit(layout):
     assert str(report) == str(report.detection)
 
 
+def test_the_target_finds_its_adapter():
+    bench = Bench()
+    cond = prompts(strong=[1])
+    with guard(bench.adapter, bench.calibration, fpr=0.05, max_steps=60, lr=0.2, fixed_tokens=0) as report:
+        bench.run(cond)
+    assert report.flagged.tolist() == [False, True, False]
+    with mitigate(bench.adapter, target_magnitude=1e9) as report:
+        bench.run(cond)
+    assert not report.flagged.any()
+    with pytest.raises(memhook.NoAdapterError, match="TinyUNet"), guard(bench.unet, bench.calibration, fpr=0.05):
+        pytest.fail("ran")
+
+
 def test_only_the_call_that_is_judged_is_kept():
     bench = Bench(evaluations=2)
     kept = []
