@@ -50,26 +50,59 @@ class Substitution:
     Rows are recognized by their bits, never by position alone: the rows of sample ``i`` are ``i``, ``b + i`` and so on, of which those
     equal to the captured conditional row are replaced. So unconditional rows, runs of other prompts and prompts that a host exchanges
     on the way are left alone, in one call or two. Nothing here waits for the device.
+
+    Args:
+        path: Where the embedding stands among the arguments: a tensor ``(rows, l, d)``, a list with a tensor ``(l, d)`` for each row, or
+            a pooled vector for each row, ``(rows, d)``.
+        captured: The conditional embedding ``(b, l, d)``.
+        replacement: What takes its place.
+        substituted: Gets ``()`` bool for each call.
+        repeats: How many rows in succession belong to a sample: the frames of a video.
     """
 
-    def __init__(self, path: Path, captured: Tensor, replacement: Tensor, substituted: list[Tensor]) -> None:
-        self._path, self._captured, self._replacement = path, captured, replacement
-        self._moved = (captured != replacement).flatten(1).any(1)  # (b,)
+    def __init__(self, path: Path, captured: Tensor, replacement: Tensor, substituted: list[Tensor], *, repeats: int = 1) -> None:
+        self._path, self._captured, self._replacement = path, captured.repeat_interleave(repeats, 0), replacement.repeat_interleave(repeats, 0)
+        self._moved = (self._captured != self._replacement).flatten(1).any(1)  # (b,)
         self._substituted = substituted
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call, with the embedding replaced where it is the captured one."""
-        given = look_up(args, kwargs, self._path)
-        if not isinstance(given, Tensor) or given.shape[1:] != self._captured.shape[1:] or given.shape[0] % len(self._captured):
+        argument = look_up(args, kwargs, self._path)
+        changed = self._list(argument) if isinstance(argument, list) else self._tensor(argument) if isinstance(argument, Tensor) else None
+        if changed is None:
             return args, kwargs
-        times = given.shape[0] // len(self._captured)
-        captured, replacement = (rows.to(given).repeat(times, 1, 1) for rows in (self._captured, self._replacement))
-        same = (given == captured).flatten(1).all(1)  # (times b,)
-        self._substituted.append((same & self._moved.to(same.device).repeat(times)).any())
-        changed = torch.where(same[:, None, None], replacement, given)
         if isinstance(self._path[0], int):
             return put(args, self._path, changed), kwargs
         return args, put(kwargs, self._path, changed)
+
+    def _tensor(self, argument: Tensor) -> Tensor | None:
+        """A tensor ``(rows, l, d)`` or ``(rows, d)``; None where it cannot hold the captured rows."""
+        given = argument[:, None] if argument.ndim == 2 else argument
+        if given.shape[1:] != self._captured.shape[1:] or given.shape[0] % len(self._captured):
+            return None
+        times = given.shape[0] // len(self._captured)
+        captured, replacement = (rows.to(given).repeat(times, 1, 1) for rows in (self._captured, self._replacement))
+        same = (given == captured).flatten(1).all(1)  # (rows,)
+        self._substituted.append((same & self._moved.to(same.device).repeat(times)).any())
+        return torch.where(same[:, None, None], replacement, given).reshape(argument.shape)
+
+    def _list(self, argument: list[Any]) -> list[Any] | None:
+        """A list with a tensor ``(l, d)`` for each row, of different lengths."""
+        if not argument or len(argument) % len(self._captured) or not all(isinstance(row, Tensor) for row in argument):
+            return None
+        found, changed = [], []
+        for number, given in enumerate(argument):
+            index = number % len(self._captured)
+            captured, replacement = self._captured[index].to(given), self._replacement[index].to(given)
+            if given.shape == captured.shape:
+                same = (given == captured).all()
+                found.append(same & self._moved[index].to(same.device))
+                changed.append(torch.where(same, replacement, given))
+            else:
+                changed.append(given)
+        if found:
+            self._substituted.append(torch.stack(found).any())
+        return changed
 
 
 def replace_prediction(output: Any, old: Tensor, new: Tensor) -> Any:

@@ -29,6 +29,7 @@ class DiffusersAdapter:
     """Watch a pipeline, whatever its guidance layout; see ``docs/hosts.md`` for how roles are found."""
 
     host = "diffusers"
+    intervenes = True
 
     def __init__(self, pipeline: Any) -> None:
         parts = find_parts(pipeline)
@@ -55,15 +56,16 @@ class DiffusersAdapter:
         if pipeline is None:
             raise NoAdapterError("the pipeline was deleted before it was watched")
         parts, name = find_parts(pipeline), type(pipeline).__name__
-        run = Run(watcher, name=name, why_missing=functools.partial(why_missing, name), remedy=remedy(pipeline))
-        with contextlib.ExitStack() as stack:
+        denoisers = list(parts.denoisers.values())
+        run = Run(watcher, name=name, denoisers=denoisers, why_missing=functools.partial(why_missing, name), remedy=remedy(pipeline))
+        with contextlib.closing(run.changes), contextlib.ExitStack() as stack:
             for module in parts.denoisers.values():
                 stack.enter_context(hook_calls(module, run.on_call))
             for scheduler in parts.schedulers.values():
                 stack.enter_context(listen_to(scheduler, "step", run.on_step))
             for guider in parts.guiders.values():
                 stack.enter_context(listen_to(guider, "forward", run.on_guider))
-            del pipeline, parts  # the block must not keep them alive
+            del pipeline, parts, denoisers  # the block must not keep them alive
             yield
             run.finish()
 

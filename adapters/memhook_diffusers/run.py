@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 import weakref
 from collections import deque
 from dataclasses import replace
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.hooks import hook_arguments
+from memhook.intervention import Substitution
 from memhook.pairs import PairRecorder, Prediction, find_timestep
 from memhook.tensors import row_hash
 from memhook.trace import Row
@@ -18,6 +22,7 @@ from memhook_diffusers.evidence import Observation, observe
 from memhook_diffusers.layout import Layout, Reading
 from memhook_diffusers.outputs import Reader, readers
 from memhook_diffusers.parts import space_of
+from memhook_diffusers.repairs import repaired
 from memhook_diffusers.replays import make_replay
 from memhook_diffusers.roles import Decision
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from memhook.hookspecs import Watcher
+    from memhook.intervention import Intervention
     from memhook.prediction import Space
 
 _MOST = 8  # predictions of a step that are looked at, the last ones (Attend-and-Excite makes dozens of calls before)
@@ -35,9 +41,13 @@ _Cut = list[tuple[Call, Reader, Tensor, list[Prediction]]]
 class Run:
     """What one watch makes of the calls that it sees."""
 
-    def __init__(self, watcher: Watcher, *, name: str, why_missing: Callable[[dict[str, Any]], str], remedy: str) -> None:
+    def __init__(
+        self, watcher: Watcher, *, name: str, denoisers: Sequence[nn.Module], why_missing: Callable[[dict[str, Any]], str], remedy: str
+    ) -> None:
         self._watcher, self._name = watcher, name
         self._why_missing, self._remedy = why_missing, remedy
+        self._denoisers = [weakref.ref(denoiser) for denoiser in denoisers]
+        self.changes = contextlib.ExitStack()  # of the calls' arguments, once somebody intervened
         self._recorder = PairRecorder()
         self._conditioning = Conditioning()
         self._calls: deque[Call] = deque(maxlen=2 * _MOST)
@@ -61,11 +71,11 @@ class Run:
         if self._watcher.listening:
             self._named = arguments
 
-    def on_step(self, scheduler: Any, arguments: dict[str, Any]) -> None:
-        """The scheduler is about to step."""
+    def on_step(self, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """The scheduler is about to step; what it is to be given instead, where somebody intervened."""
         model_output = arguments.get("model_output")
         if not self._watcher.listening or not self._calls or not isinstance(model_output, Tensor) or model_output.ndim < 2:
-            return
+            return None
         calls, named = list(self._calls), self._named
         self._calls.clear()
         self._named = {}
@@ -73,7 +83,7 @@ class Run:
         ways = _readings(calls, tuple(target.shape))
         if not ways:
             self._unread = tuple(target.shape)
-            return  # a step of something that was not watched (the sound track of LTX 2)
+            return None  # a step of something that was not watched (the sound track of LTX 2)
         self._recorded = True
         self._new_run(scheduler)
         used = [call for call, _, _, _ in ways[0]]
@@ -81,16 +91,23 @@ class Run:
         timestep = seen if seen is not None else arguments.get("timestep")
         if any(call.changed for call in used):
             self._lone(ways[0], space_of(scheduler), timestep, f"{self._name} changed its predictions in place before they could be read")
-            return
+            return None
         doubled = None
         count = sum(len(predictions) for *_, predictions in ways[0])
         if count == 1:
             halves = _halves(ways[0])
             if halves is None:
                 self._lone(ways[0], space_of(scheduler), timestep, self._why_missing(used[-1].kwargs))
-                return
+                return None
             ways, doubled, target = [halves], _equal_halves(target, halves[0][3]), target.chunk(2)[0]
-        self._evaluate(ways, target, space_of(scheduler), timestep, doubled=doubled, named=named)
+        changed = self._evaluate(ways, target, space_of(scheduler), timestep, doubled=doubled, named=named)
+        if changed is None:
+            return None
+        if doubled is not None:
+            changed = torch.cat([changed, changed])
+        if changed.shape != model_output.shape:  # a variance behind it stays
+            changed = torch.cat([changed, model_output[:, changed.shape[1] :]], dim=1)
+        return {"model_output": changed}
 
     def finish(self) -> None:
         """The block has ended: say why nothing was recorded, if so."""
@@ -117,7 +134,9 @@ class Run:
         evaluation = self._recorder.evaluation(prediction, prediction, space=space, roles="assumed", timestep=timestep)
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
-    def _evaluate(self, ways: Sequence[_Cut], target: Tensor, space: Space, timestep: Any, *, doubled: Tensor | None, named: dict[str, Any]) -> None:
+    def _evaluate(
+        self, ways: Sequence[_Cut], target: Tensor, space: Space, timestep: Any, *, doubled: Tensor | None, named: dict[str, Any]
+    ) -> Tensor | None:
         readings = [self._reading(way) for way in ways]
         key = (doubled is not None, *((id(call.module), len(predictions)) for call, _, _, predictions in ways[0]))
         layout = self._layouts.setdefault(key, Layout(_prior(ways[0])))
@@ -141,10 +160,35 @@ class Run:
         row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle)
         if self._watcher.wants_evaluations:
             decision = decide()
-            self._watcher.emit(self._evaluation(readings, decision, space, timestep, doubled=doubled is not None), row)
+            answer = self._watcher.emit(self._evaluation(readings, decision, space, timestep, doubled=doubled is not None), row)
+            if answer is not None and decision.cond is not None:
+                return self._change(answer, ways[decision.reading], readings[decision.reading].predictions, decision.cond, target)
         else:  # roles are decided when somebody asks: nothing here waits for the device
             first, second = readings[0].predictions[:2]
             self._watcher.emit(self._recorder.evaluation(first, second, space=space, roles="assumed", timestep=timestep), row)
+        return None
+
+    def _change(self, answer: Intervention, way: _Cut, predictions: list[Prediction], cond: int, target: Tensor) -> Tensor | None:
+        """Do what was answered to an evaluation; what the scheduler is to be given instead, or None to leave it."""
+        calls = [(call, reader) for call, reader, _, found in way for _ in found]
+        (call, reader), prediction = calls[cond], predictions[cond]
+        if answer.embedding is not None and prediction.embedding is not None and prediction.path is not None and call.record is not None:
+            repeats = len(_embedding_of(call, prediction.path)) // call.record.batch  # the frames of a video
+            substitute = Substitution(prediction.path, prediction.embedding, answer.embedding, answer.substituted, repeats=repeats)
+            for denoiser in filter(None, (reference() for reference in self._denoisers)):
+                self.changes.enter_context(
+                    hook_arguments(denoiser, lambda args, kwargs: substitute(args, kwargs) if self._watcher.listening else (args, kwargs))
+                )
+        if answer.pred_cond is None:
+            return None
+        changed = repaired(target, predictions, cond, answer.pred_cond, reader)
+        if changed is None:
+            warnings.warn(
+                f"{self._name} combines its predictions in a way that cannot be repaired after the fact, so this one step keeps its "
+                "prediction; the new embedding takes effect from the next step on",
+                stacklevel=2,
+            )
+        return changed
 
     def _evaluation(self, readings: Sequence[Reading], decision: Decision, space: Space, timestep: Any, *, doubled: bool) -> Any:
         predictions = readings[decision.reading].predictions

@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-OnUse = Callable[[Any, dict[str, Any]], None]
-"""``on_use(owner, arguments by name)``, called before the method itself."""
+OnUse = Callable[[Any, dict[str, Any]], dict[str, Any] | None]
+"""``on_use(owner, arguments by name)``, called before the method itself; may answer arguments to replace, by name."""
 
 _lock = threading.Lock()
 _taps: weakref.WeakKeyDictionary[Any, dict[str, _Tap]] = weakref.WeakKeyDictionary()
@@ -34,7 +34,11 @@ class _Tap:
         # A few pipelines (Stable Cascade) call with keywords only, and a few schedulers take other arguments in between.
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         for listener in tuple(self.listeners):
-            listener(owner, named)
+            changes = listener(owner, named)
+            if changes:
+                named = {**named, **changes}
+                args = tuple(changes.get(name, value) for name, value in zip(self._names, args, strict=False)) + args[len(self._names) :]
+                kwargs = {name: changes.get(name, value) for name, value in kwargs.items()}
         method = self._replaced if self._replaced is not None else functools.partial(getattr(type(owner), self._name), owner)
         return method(*args, **kwargs)
 
