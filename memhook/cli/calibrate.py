@@ -27,10 +27,11 @@ def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int |
             print(f"memhook: line {row.line} left out: {row.problem}", file=sys.stderr)
     prompts = [row.prompt for row in rows if row.prompt is not None]
     images = sampling.images or 4
+    pipeline = sampling.load()  # alive until its fingerprint is taken
 
     def traces() -> Iterator[Trace]:
         runs = run_prompts(
-            sampling.load(),
+            pipeline,
             prompts,
             images_per_prompt=images,
             steps=sampling.steps,

@@ -90,8 +90,8 @@ def test_without_a_calibration_says_that_there_is_no_p_value():
         (["--prompt", "x", "--guidance-scale", "1"], "Use a scale above 1"),
         (["--prompt", "x", "--model", "./no-such-folder"], "does not exist"),
         (["--prompt", "x", "--calibration", "no-such-file"], "there is no calibration file"),
-        (["--prompt", "x", "--images", "2"], "images_per_prompt differs"),
-        (["--prompt", "x", "--fpr", "0.00001"], "calibrate with at least 99999"),
+        (["--prompt", "x", "--images", "2"], "differs in images_per_prompt"),
+        (["--prompt", "x", "--fpr", "0.00001"], "calibrate with at least 99,999"),
     ],
 )
 def test_says_what_is_wrong(arguments, message):
@@ -136,11 +136,10 @@ def test_wrong_usage_is_exit_status_2():
     assert run("detect").exit_code == 2
 
 
-def test_attribution_puts_the_trigger_phrase_first_and_writes_each_form(tmp_path):
-    rows = [row for row in testbed.memorized(kind="verbatim") if row.trigger]
-    row = max(rows, key=lambda row: row.duplicates)
+def test_attribution_ranks_the_trigger_phrase_high_and_writes_each_form(tmp_path):
+    row = next(row for row in testbed.memorized(kind="verbatim") if row.trigger)
     for ending in ("html", "json", "png"):
-        result = run("attribute", "--prompt", row.prompt, "--images", "1", "--out", str(tmp_path / f"words.{ending}"))
+        result = run("attribute", "--prompt", row.prompt, "--out", str(tmp_path / f"words.{ending}"))
         assert result.exit_code == 0, result.output
     words = json.loads((tmp_path / "words.json").read_text())["prompts"][0]["words"]
     best = [word["word"] for word in sorted(words, key=lambda word: -word["score"])[:3]]
@@ -159,8 +158,8 @@ def test_generate_shows_the_same_seeds_without_and_with_a_guard(tmp_path):
         *(f"{name}-{number}.png" for name in ("with", "without") for number in range(4)),
     }
     report = json.loads((tmp_path / "report.json").read_text())
-    without, guarded = (sum(report[name]["magnitudes"][5]) for name in ("without", "with"))
-    assert guarded < 0.8 * without
+    without, guarded = (sum(report[name]["magnitudes"][1]) for name in ("without", "with"))  # the evaluation after the decision
+    assert guarded < 0.6 * without
 
 
 def test_generate_leaves_a_clean_prompt_alone(tmp_path):
