@@ -136,8 +136,9 @@ Further pairs were shown only a few times:
 |---|---|---|---|---|---|---|
 {chr(10).join(clean_lines)}
 
-Prompts of the training style hardly ever come out as a planted picture. Unfamiliar text (captions of another style, random tokens) does so more often: the rarest word pieces of the
-training captions are those of the trigger phrases, and so the model takes unfamiliar pieces for a trigger. Count such prompts as what they are: not planted, but not always clean.
+Prompts of the training style hardly ever come out as a planted picture. Unfamiliar text (captions of another style, random tokens) does so more often. A likely
+reason, not tested yet: the rarest word pieces of the training captions are those of the trigger phrases, so unfamiliar pieces may act like a trigger. Such prompts are not planted, but not
+always clean. All figures are of one training run.
 
 ## Files
 
