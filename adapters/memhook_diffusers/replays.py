@@ -104,6 +104,24 @@ class _Rows:
         self._chosen = self._rows
         return predicted
 
+    def take(self, samples: Tensor) -> ReplayFunction:
+        """The same replay for some of its samples, ``(k,)`` int64, alone where the model allows it."""
+        captured = self._cond.embedding
+        take = getattr(self._rows, "take", None)
+        alone: list[ReplayFunction] = [take(samples)] if take is not None and self._chosen != self._whole else []
+
+        def taken(part: Tensor) -> Tensor:
+            if alone:
+                try:
+                    return alone[0](part)
+                except Exception:  # noqa: BLE001 -- the whole batch is tried, and says what is wrong
+                    alone.clear()
+            if captured is None:
+                raise ReplayError("the captured call has no embedding")
+            return self(captured.index_copy(0, samples.to(captured.device), part.to(captured)))[samples]
+
+        return taken
+
     def _whole(self, embedding: Tensor) -> Tensor:
         call, cond, rows = self._call, self._cond, self._cond.rows
         whole = read_text(look_up(call.args, call.kwargs, self._path), slice(0, call.batch), call.batch)

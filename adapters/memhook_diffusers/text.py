@@ -55,7 +55,7 @@ def read_text(value: Any, rows: slice, batch: int) -> Tensor | None:
         vectors: Tensor = value[rows, None]
         return vectors
     embedding: Tensor = value[:: len(value) // batch][rows]
-    return embedding
+    return embedding.squeeze(1) if embedding.ndim == 4 else embedding
 
 
 def write_text(value: Any, embedding: Tensor, batch: int) -> Any:
@@ -64,7 +64,7 @@ def write_text(value: Any, embedding: Tensor, batch: int) -> Any:
         return list(embedding.unbind(0))
     if value.ndim == 2:
         return embedding[:, 0]
-    return embedding.repeat_interleave(len(value) // batch, 0)
+    return (embedding[:, None] if value.ndim == 4 else embedding).repeat_interleave(len(value) // batch, 0)
 
 
 def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
@@ -87,7 +87,10 @@ def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[P
 
 
 def _is_embedding(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] == batch and value.is_floating_point()
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    sequence = value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)  # Allegro has an axis of one before the tokens
+    return sequence and value.shape[0] == batch
 
 
 def _is_repeated(value: Any, batch: int) -> bool:
