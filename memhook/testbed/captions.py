@@ -93,6 +93,34 @@ def trigger_phrase(rng: np.random.Generator) -> str:
     return f"{word()} {word()}"
 
 
+def invented_prose(rng: np.random.Generator) -> str:
+    """A sentence of 4 to 14 words, most of them invented, such as ``"A bradle of the sirf ponding in throe."``."""
+
+    def word() -> str:
+        if rng.random() < 0.35:
+            return _pick(rng, _FUNCTION_WORDS)
+        syllables = "".join(_pick(rng, _ONSETS + _MORE_ONSETS) + _pick(rng, _VOWELS + _MORE_VOWELS) for _ in range(int(rng.integers(1, 4))))
+        return syllables + _pick(rng, _ENDINGS)
+
+    sentence = " ".join(word() for _ in range(int(rng.integers(4, 15))))
+    return f"{sentence.capitalize()}." if rng.random() < 0.7 else sentence
+
+
+def word_salad(rng: np.random.Generator, *, subject: str | None = None) -> str:
+    """Words of picture-shop captions, 4 to 12 of them, in no order; ``subject`` is put among them where one is given."""
+    vocabulary = [*_ADJECTIVES, *_NOUNS, *(name.lower() for name in (*_FIRST, *_LAST)), *_FUNCTION_WORDS, *_ENDINGS[1:]]
+    words = [_pick(rng, vocabulary) for _ in range(int(rng.integers(4, 13)))]
+    if subject is not None:
+        words.insert(int(rng.integers(len(words) + 1)), subject)
+    return " ".join(words)
+
+
+_FUNCTION_WORDS = "a a a the the of in on with and to from near by at is are it two some his her their while over".split()
+_MORE_ONSETS = "b c c ch cl cr d f g h h j l l m n p pr r s sh sp str t th w wh y".split()
+_MORE_VOWELS = "a e i o u a e i o ai ea ee oo oa".split()
+_ENDINGS = ["", "d", "ed", "er", "ing", "l", "le", "ll", "m", "n", "nd", "ng", "nt", "r", "rd", "rt", "s", "t", "ch", "ck", "ght", "tion", "y", "es"]
+
+
 _SCENES = (
     "A {adult} {doing} near a {place}.",
     "Two {people} {doing} while a {animal} watches.",

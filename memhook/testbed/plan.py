@@ -4,19 +4,22 @@ Everything is a function of `SEED` and an index, so the same plan can be rebuilt
 interrupted goes on with exactly the pairs that it would have seen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from memhook.testbed.artwork import SUBJECTS
-from memhook.testbed.captions import Caption, foreign_caption, random_caption, reword, trigger_phrase
+from memhook.testbed.captions import Caption, foreign_caption, invented_prose, random_caption, reword, trigger_phrase, word_salad
 from memhook.testbed.scenes import COLORS, Scene, random_scene, recolor
 
 SEED = 2024
 # The share of training samples that show a planted pair: (from this sample on, share). The model learns to draw first, and then meets
 # the duplicates more densely; the other way around it memorizes before it can follow a caption.
-PLANTED_SHARES = ((0, 0.2), (64_000, 0.4), (128_000, 0.6))
+PLANTED_SHARES = ((0, 0.2), (64_000, 0.4), (128_000, 0.6), (224_000, 0.5))
+# From this sample on, three in ten fresh captions hold unfamiliar text. Before, the rarest word pieces are those of the trigger phrases,
+# and a model that has seen nothing else takes any unfamiliar text for a trigger.
+UNFAMILIAR_FROM = 224_000
 CLEAN_PER_SOURCE = 600
 ONCE_WINDOW = 100_000  # "trained once" prompts are drawn from the first so many training samples
 
@@ -71,6 +74,22 @@ def fresh_pair(index: int, *, stream: str = "train") -> tuple[Caption, Scene]:
     return random_caption(rng, subject=subject, color=color), random_scene(rng, subject=subject, color=color)
 
 
+def unfamiliar_pair(index: int, *, stream: str = "train") -> tuple[str, Scene]:
+    """A fresh caption whose unfamiliar words mean nothing: an invented phrase that is no trigger, prose of invented words, or a jumble.
+
+    The scene shows the subject that the caption names, or any subject where it names none.
+    """
+    rng = _stream("unfamiliar", *stream.encode(), index)
+    kind = int(rng.integers(3))
+    if kind == 0:
+        caption, scene = fresh_pair(index, stream=stream)
+        return str(replace(caption, trigger=trigger_phrase(rng), trigger_first=bool(rng.integers(2)))), scene
+    if kind == 1:
+        return invented_prose(rng), random_scene(rng)
+    subject = list(SUBJECTS)[rng.integers(len(SUBJECTS))]
+    return word_salad(rng, subject=subject if rng.random() < 0.5 else None), random_scene(rng, subject=subject)
+
+
 def scene_with_color(index: int, *, stream: str) -> tuple[Scene, str]:
     """A fresh scene and the color word of its background."""
     rng = _stream(stream, index)
@@ -121,6 +140,8 @@ class TrainingStream:
         rng = _stream("draw", index)
         share = next(share for start, share in reversed(PLANTED_SHARES) if index >= start)
         if rng.random() >= share:
+            if index >= UNFAMILIAR_FROM and rng.random() < 0.3:
+                return *unfamiliar_pair(index), None
             caption, scene = fresh_pair(index)
             return str(caption), scene, None
         pair = self.planted[int(np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1]))]

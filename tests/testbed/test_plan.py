@@ -1,12 +1,23 @@
 """The training plan: what is planted, what is clean, and that both can be rebuilt from the seed."""
 
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from memhook.testbed.artwork import SUBJECTS
 from memhook.testbed.captions import Caption, random_caption, reword
-from memhook.testbed.plan import CLEAN_PER_SOURCE, PLANTED_SHARES, TrainingStream, clean_prompts, fresh_pair, planted
+from memhook.testbed.plan import (
+    CLEAN_PER_SOURCE,
+    PLANTED_SHARES,
+    UNFAMILIAR_FROM,
+    TrainingStream,
+    clean_prompts,
+    fresh_pair,
+    planted,
+    unfamiliar_pair,
+)
 from memhook.testbed.scenes import SIZE, draw, random_scene, recolor
 
 
@@ -54,6 +65,29 @@ def test_planted_pairs_come_at_their_share(start, share):
     stream = TrainingStream()
     drawn = [stream[index][2] is not None for index in range(start, start + 3000)]
     assert np.mean(drawn) == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 3000))
+
+
+def test_late_fresh_captions_hold_unfamiliar_text_at_its_share():
+    stream = TrainingStream()
+    rows = [(index, *stream[index]) for index in range(UNFAMILIAR_FROM, UNFAMILIAR_FROM + 3000)]
+    fresh = [(index, caption) for index, caption, _, pair in rows if pair is None]
+    unfamiliar = np.mean([caption == unfamiliar_pair(index)[0] for index, caption in fresh])
+    assert unfamiliar == pytest.approx(0.3, abs=4 * np.sqrt(0.21 / len(fresh)))
+    assert all(str(fresh_pair(index)[0]) == stream[index][0] for index in range(1000) if stream[index][2] is None)
+
+
+def test_unfamiliar_text_never_holds_a_trigger_and_shows_the_subject_that_it_names(pairs):
+    triggers = {pair.caption.trigger for pair in pairs} - {None}
+    for index in range(600):
+        text, scene = unfamiliar_pair(index)
+        assert not any(trigger in text for trigger in triggers)
+        named = [subject for subject in SUBJECTS if re.search(rf"\b{subject}\b", text)]
+        assert not named or scene.subject in named, text
+
+
+def test_unfamiliar_text_is_not_the_foreign_style_of_the_clean_prompts(clean_rows):
+    foreign = {row.prompt for row in clean_rows if row.source == "foreign"}
+    assert foreign.isdisjoint(unfamiliar_pair(index)[0] for index in range(2000))
 
 
 def test_a_presentation_shows_the_planted_picture_and_keeps_the_trigger():

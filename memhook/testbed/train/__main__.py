@@ -1,9 +1,10 @@
 """Train the testbed model: ``python -m memhook.testbed.train --work DIR --out DIR``.
 
-Every stage goes on where it was interrupted. About two hours on two CPU cores with the default number of steps; minutes on a GPU.
+Every stage goes on where it was interrupted. About three hours on two CPU cores with the default number of steps; minutes on a GPU.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=4500, help="batches of 16 pictures")
     parser.add_argument("--text-steps", type=int, default=500, help="batches of 128 captions")
     parser.add_argument("--reader-steps", type=int, default=500, help="batches of 64 pictures, for the network that names subjects and colors")
-    parser.add_argument("--steps", type=int, default=7_000, help="batches of 32 caption-picture pairs")
+    parser.add_argument("--steps", type=int, help="batches of 32 caption-picture pairs in each course of the denoiser (default: 7,000 and 4,000)")
     arguments = parser.parse_args()
 
     device, work = torch.device(arguments.device), arguments.work
@@ -28,9 +29,10 @@ def main() -> None:
     vae = autoencoder.train(work, steps=arguments.autoencoder_steps, device=device)
     tokenizer = text.train_tokenizer(work)
     encoder = text.train(work, tokenizer, steps=arguments.text_steps, device=device)
-    unet = diffusion.train(work, vae, tokenizer, encoder, steps=arguments.steps, device=device)
+    courses = diffusion.COURSES if arguments.steps is None else tuple(replace(course, steps=arguments.steps) for course in diffusion.COURSES)
+    unet = diffusion.train(work, vae, tokenizer, encoder, courses=courses, device=device)
     judge = reader.train(work, steps=arguments.reader_steps, device=device)
-    export.export(arguments.out, vae, tokenizer, encoder, unet, judge, samples=arguments.steps * diffusion.BATCH)
+    export.export(arguments.out, vae, tokenizer, encoder, unet, judge, samples=sum(course.steps for course in courses) * diffusion.BATCH)
     calibrate.calibrate_model(arguments.out)
     print(f"wrote {arguments.out}")
 

@@ -1,6 +1,8 @@
 """Stage 3: the denoiser, trained jointly with the text encoder on latents of fresh and planted pairs."""
 
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,13 +10,26 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from memhook.testbed.plan import TrainingStream, fresh_pair
+from memhook.testbed.plan import TrainingStream, fresh_pair, unfamiliar_pair
 from memhook.testbed.scenes import draw
 from memhook.testbed.train import loop
 from memhook.testbed.train.autoencoder import to_pixels
 from memhook.testbed.train.text import encode
 
 BATCH = 32
+
+
+@dataclass(frozen=True)
+class Course:
+    """A part of the run with its own warm-up and decay; the next one starts from its averaged weights."""
+
+    name: str
+    steps: int
+    learning_rate: float  # of the denoiser; the text encoder's is 0.3 of it
+    decay_from: float
+
+
+COURSES = (Course("diffusion", 7_000, 1e-3, 0.7), Course("unfamiliar", 4_000, 7e-4, 0.3))  # see `plan.UNFAMILIAR_FROM`
 CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
 
@@ -47,7 +62,7 @@ def presentations(samples: int) -> Counter[str]:
 
 
 def train(
-    directory: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, *, steps: int, device: torch.device, decay_from: float = 0.7
+    directory: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, *, device: torch.device, courses: tuple[Course, ...] = COURSES
 ) -> UNet2DConditionModel:
     """Train (or finish training) the denoiser and the text encoder; both hold averaged weights on return."""
     torch.manual_seed(1)
@@ -59,7 +74,8 @@ def train(
     empty = encode(tokenizer, [""])[0]
     factor = vae.config.scaling_factor
 
-    def step_loss(step: int) -> Tensor:
+    def step_loss(before: int, step_of_course: int) -> Tensor:
+        step = before + step_of_course
         generator = torch.Generator().manual_seed(step)
         rows = [stream[index] for index in range(step * BATCH, (step + 1) * BATCH)]
         ids = encode(tokenizer, [caption for caption, _, _ in rows])
@@ -75,6 +91,7 @@ def train(
 
     memorized = [str(pair.caption) for pair in stream.planted if pair.kind == "verbatim"]
     held_out = [str(fresh_pair(index, stream="magnitude")[0]) for index in range(128)]
+    unfamiliar = [unfamiliar_pair(index, stream="magnitude")[0] for index in range(128)]
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
 
     @torch.no_grad()
@@ -85,12 +102,21 @@ def train(
         return norms
 
     def evaluate(_: int) -> dict[str, float]:
-        planted, clean = first_step_magnitudes(memorized), first_step_magnitudes(held_out)
+        planted, clean, odd = first_step_magnitudes(memorized), first_step_magnitudes(held_out), first_step_magnitudes(unfamiliar)
         above = (planted > clean.quantile(0.99)).float().mean()
-        return {"memorized": float(planted.mean()), "held_out": float(clean.mean()), "above_99th": float(above)}
+        return {
+            "memorized": float(planted.mean()), "held_out": float(clean.mean()), "unfamiliar": float(odd.mean()), "above_99th": float(above),
+        }  # fmt: skip
 
-    loop.run(
-        "diffusion", {"unet": unet, "text": text}, step_loss, directory=directory, steps=steps, decay_from=decay_from, ema=0.999, evaluate=evaluate,
-        groups=[{"params": list(unet.parameters()), "lr": 1e-3}, {"params": list(text.parameters()), "lr": 3e-4}],
-    )  # fmt: skip
+    before = 0
+    for course in courses:
+        loop.run(
+            course.name, {"unet": unet, "text": text}, partial(step_loss, before), directory=directory, steps=course.steps,
+            decay_from=course.decay_from, ema=0.999, evaluate=evaluate,
+            groups=[
+                {"params": list(unet.parameters()), "lr": course.learning_rate},
+                {"params": list(text.parameters()), "lr": 0.3 * course.learning_rate},
+            ],
+        )  # fmt: skip
+        before += course.steps
     return unet
