@@ -34,6 +34,8 @@ class Row:
     # Fills in what only reading the device can tell, once somebody asks; answers whether that was the last word.
     settle: Callable[[Row], bool] | None = field(default=None, repr=False)
     refuted: tuple[Tensor, str] | None = None  # () bool: the call was not what it was taken for; and the error to raise then
+    continues: bool = False  # known to belong to the run of the row before it, whatever its noise level
+    step: tuple[int, int] | None = None  # the sampler's step, and the evaluation's place in it
     samples: int = 0
     values: np.ndarray | None = field(default=None, repr=False)  # (b,) float32, once read
 
@@ -72,6 +74,7 @@ class Trace:
         self._evaluations: list[Evaluation] = []
         self._declared: Roles | None = None
         self._why_missing: str | None = None
+        self._step: tuple[int, int] | None = None  # of the latest row, while its step goes on
 
     # ---- recording ------------------------------------------------------------------------------------------------
 
@@ -116,6 +119,7 @@ class Trace:
             self._declared = "declared"
         row.samples = evaluation.pred_cond.shape[0]
         row.timestep, row.sigma = _own(row.timestep), _own(row.sigma)
+        self._step = row.step = (self._step[0], self._step[1] + 1) if self._step is not None else None
         self._rows.append(row)
         if self._keep:
             self._evaluations.append(evaluation)
@@ -123,6 +127,21 @@ class Trace:
     def missing(self, reason: str) -> None:
         """Say why evaluations have no unconditional prediction; shown by `NoGuidanceError`."""
         self._why_missing = reason
+
+    def number_step(self, step: int, *, evaluations: int | None = None) -> None:
+        """Say to which step of the sampler evaluations belong; for the callback that a sampler calls once a step.
+
+        Args:
+            step: The number of the step, from 0.
+            evaluations: The latest so many are all of the step's. Where None, the latest is its first one, and those that come
+                before the next step is numbered are its others.
+        """
+        if evaluations is None and self._rows:
+            self._step = self._rows[-1].step = (step, 0)
+        elif evaluations:
+            self._step = None
+            for index, row in enumerate(self._rows[-evaluations:]):
+                row.step = (step, index)
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -213,6 +232,22 @@ class Trace:
     def sigmas(self) -> np.ndarray:
         """``(s,)`` float64: the noise level of every evaluation, NaN where the host counts in timesteps."""
         return np.array([_number(row.sigma) for row in self._rows])
+
+    @property
+    def steps(self) -> np.ndarray:
+        """``(s, 2)`` int64: the sampler's step of every evaluation and its place in that step, both from 0; -1 where not known.
+
+        Samplers of higher order make several evaluations a step. See `number_step`.
+        """
+        found = np.full((len(self._rows), 2), -1)
+        for start, stop in pairwise([*self._starts(), len(self._rows)]):
+            known = False  # what a run before this one left open is none of its steps
+            for index in range(start, stop):
+                step = self._rows[index].step
+                known = step is not None and (known or step[1] == 0)
+                if known and step is not None:
+                    found[index] = step
+        return found
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -346,6 +381,8 @@ class Trace:
         starts = [0]
         for index in range(1, len(samples)):
             begin = starts[-1]
+            if self._rows[index].continues and samples[index] == samples[begin]:
+                continue
             if samples[index] != samples[begin] or (noise is not None and _starts_again(noise[begin:index], noise[index])):
                 starts.append(index)
         return starts

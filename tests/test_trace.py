@@ -282,6 +282,48 @@ def test_a_refuted_row_raises_its_message_whenever_it_is_read():
             _ = trace.magnitudes
 
 
+# ---- steps
+
+
+def test_evaluations_are_numbered_by_step():
+    """A second-order sampler calls back after the first evaluation of each step; the others of a step follow."""
+    trace = recorded([14, 9])
+    assert (trace.steps == -1).all()
+    for step, level in enumerate([8, 4]):
+        trace.record(*torch.randn(2, 2, 4), timestep=level)
+        trace.number_step(step)
+        trace.record(*torch.randn(2, 2, 4), timestep=level / 1.5)
+    assert trace.steps.tolist() == [[-1, -1], [-1, -1], [0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_steps_that_are_reported_when_they_are_over():
+    trace = recorded([8, 7, 6])
+    trace.number_step(0, evaluations=3)
+    trace.record(*torch.randn(2, 2, 4), timestep=5)
+    trace.record(*torch.randn(2, 2, 4), timestep=4)
+    trace.number_step(1, evaluations=2)
+    trace.record(*torch.randn(2, 2, 4), timestep=3)  # nobody says to which step it belongs
+    assert trace.steps.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [-1, -1]]
+
+
+def test_a_run_without_numbers_does_not_go_on_with_those_of_the_run_before():
+    trace = recorded([8])
+    trace.number_step(0)
+    for level in (4, 8, 4):
+        trace.record(*torch.randn(2, 2, 4), timestep=level)
+    assert trace.steps.tolist() == [[0, 0], [0, 1], [-1, -1], [-1, -1]]
+
+
+def test_a_step_that_is_tried_again_is_no_new_run():
+    """Adaptive samplers go back to a higher noise level where they reject a step."""
+    for continues, runs in ((False, 2), (True, 1)):
+        trace = Trace()
+        for level in (14.0, 5.0, 14.0, 9.0):
+            row = Row(torch.ones(2), sigma=level, continues=continues and level == 14.0 and len(trace) > 0)
+            trace.add(Evaluation(torch.ones(2, 3), torch.ones(2, 3), sigma=level), row)
+        assert len(trace.runs) == runs
+
+
 # ---- to_dict
 
 
