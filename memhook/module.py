@@ -5,27 +5,29 @@ from __future__ import annotations
 import contextlib
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from memhook.errors import GuidanceLayoutError, MemhookError
 from memhook.fingerprint import Fingerprinted
 from memhook.hooks import Replaced, hook_arguments, hook_calls
 from memhook.intervention import Intervention, Substitution, replace_prediction
+from memhook.module_calls import Layout, Moment, Plan, held, read_layout
 from memhook.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.prediction import SPACES, Space
-from memhook.tensors import copy_of, version
+from memhook.replay import look_up
 from memhook.trace import Row
+from memhook.whole_batch import RowsOrWhole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from memhook.hookspecs import Watcher
+    from memhook.prediction import Evaluation
     from memhook.replay import Path
 
-Layout = Literal["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]
-_UNCOND_FIRST = ("uncond_first", "two_calls_uncond_first")
 _OFF = "guidance may be off (use a scale above 1)"
 
 
@@ -36,6 +38,9 @@ class ModuleAdapter:
       that begins with one, or an object with ``.sample``, of shape ``(batch, ...)``.
     * ``layout`` says what a guided evaluation is: one call on a batch of ``2 b`` rows, whose first half is unconditional
       (``"uncond_first"``) or conditional (``"cond_first"``); or two calls on ``b`` rows each, in the order named.
+      With more predictions in the batch it is their roles in order, such as ``("uncond", "cond", "perturbed")``: the magnitude is
+      that of ``cond`` and ``uncond``, and the others may have any name. Where several have no text, call that one ``uncond`` which
+      differs from ``cond`` in the text alone: for InstructPix2Pix ``("cond", "uncond", "neither")``.
     * Where the output has twice the sample's channels, the second half of them is a learned variance (as in DiT), and no
       part of the prediction.
     * Guidance may be off for a part of a run; those evaluations are missing (NaN). The calls of runs with different numbers
@@ -61,11 +66,10 @@ class ModuleAdapter:
     host = "module"
     intervenes = True
 
-    def __init__(self, module: nn.Module, *, layout: Layout, embedding: str | int | Path | None = None, space: Space = "eps") -> None:
+    def __init__(self, module: nn.Module, *, layout: Layout | Sequence[str], embedding: str | int | Path | None = None, space: Space = "eps") -> None:
         if not isinstance(module, nn.Module):
             raise MemhookError(f"the denoiser is a {type(module).__name__}; expected the torch.nn.Module that the sampler calls")
-        if layout not in get_args(Layout):
-            raise MemhookError(f"layout is {layout!r}; expected one of {', '.join(get_args(Layout))}")
+        plan = read_layout(layout)
         if space not in SPACES:
             raise MemhookError(f"space is {space!r}; expected one of {', '.join(SPACES)}")
         if isinstance(module, nn.DataParallel):
@@ -75,7 +79,7 @@ class ModuleAdapter:
             )
         self._module = weakref.ref(module)
         self._fingerprint = Fingerprinted({"model": module})
-        self._layout: Layout = layout
+        self._plan = plan
         self._path: Path | None = embedding if isinstance(embedding, tuple) or embedding is None else (embedding,)
         self._space: Space = space
 
@@ -84,7 +88,7 @@ class ModuleAdapter:
         module = self._module()
         if module is None:
             raise MemhookError("the module of this adapter was deleted before it was watched; make an adapter for the module that runs")
-        run = _Run(watcher, layout=self._layout, path=self._path, space=self._space)
+        run = _Run(watcher, plan=self._plan, path=self._path, space=self._space)
         with contextlib.closing(run.changes), hook_calls(module, run.on_call):
             del module  # the block must not keep it alive
             yield
@@ -97,11 +101,11 @@ class ModuleAdapter:
 class _Run:
     """Makes evaluations of the calls inside one watch."""
 
-    def __init__(self, watcher: Watcher, *, layout: Layout, path: Path | None, space: Space) -> None:
-        self._watcher, self._layout, self._path, self._space = watcher, layout, path, space
+    def __init__(self, watcher: Watcher, *, plan: Plan, path: Path | None, space: Space) -> None:
+        self._watcher, self._plan, self._path, self._space = watcher, plan, path, space
         self._recorder = PairRecorder()
         self._samples: int | None = None  # of the latest guided evaluation
-        self._waiting: tuple[Prediction, _Moment, Tensor] | None = None  # the first of two calls, and what the sampler has of it
+        self._waiting: tuple[Prediction, Moment, Tensor] | None = None  # the first of two calls, and what the sampler has of it
         self.changes = contextlib.ExitStack()  # of the calls' arguments, once somebody intervened
         self._one_sample: bool | None = None  # whether both calls of all pairs so far were given one and the same tensor
 
@@ -116,17 +120,15 @@ class _Run:
             keep = self._watcher.wants_evaluations
             return split_call(module, args, kwargs, output, chunks=chunks, keep=keep, path=self._path, channels=channels)
 
-        answer = None
-        if self._layout.startswith("two_calls"):
-            answer = self._one_of_two(split(1)[0], _Moment.of(sample, timestep), values)
-        elif values.shape[0] % 2:
-            reason = f"the denoiser was given a batch of {values.shape[0]}, where layout={self._layout!r} expects two halves: {_OFF}"
-            self._unguided(split(1)[0], timestep, f'{reason}, or the host makes two calls (layout="two_calls_cond_first" or the like)')
-        elif values.shape[0] == self._samples:
-            self._as_many_as_samples(split(1)[0], split(2), timestep)
+        batch, count, answer = values.shape[0], self._plan.count, None
+        if self._plan.separate:
+            answer = self._one_of_two(split(1)[0], Moment.of(sample, timestep), values)
+        elif batch % count:
+            self._does_not_divide(split(1)[0], timestep)
+        elif batch == self._samples:
+            self._as_many_as_samples(split(1)[0], split(count), timestep)
         else:
-            first, second = split(2)
-            answer = self._guided(first, second, timestep)
+            answer = self._guided(split(count), timestep)
         return None if answer is None else self._change(module, answer, output, values)
 
     def end(self) -> None:
@@ -134,17 +136,24 @@ class _Run:
         if self._waiting is not None:
             self._stood_alone(*self._waiting[:2])
 
-    def _guided(self, first: Prediction, second: Prediction, timestep: Tensor | float | None, earlier: Tensor | None = None) -> _Answer | None:
-        cond, uncond = (second, first) if self._layout in _UNCOND_FIRST else (first, second)
+    def _guided(self, predictions: Sequence[Prediction], timestep: Tensor | float | None, earlier: Tensor | None = None) -> _Answer | None:
+        cond, uncond = self._plan.pair(predictions)
         row = self._recorder.row(cond, uncond, timestep=timestep)
         self._samples = cond.values.shape[0]
         if self._watcher.wants_evaluations and row.same_inputs is not None and not bool(row.same_inputs.all()):
             raise GuidanceLayoutError(
-                f"the two predictions of {self._samples} samples were made from different noisy samples; layout={self._layout!r} does not fit "
-                "the calls, or guidance is off (use a scale above 1)"
+                f"the two predictions of {self._samples} samples were made from different noisy samples (outputs of shapes "
+                f"{_shapes(cond, uncond)}); layout={self._plan.name} does not fit the calls, or {_OFF}"
             )
-        intervention = self._watcher.emit(self._recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep), row)
-        return None if intervention is None else _Answer(intervention, cond, earlier if cond is first else None)
+        intervention = self._watcher.emit(self._evaluation(cond, uncond, timestep), row)
+        return None if intervention is None else _Answer(intervention, cond, earlier if cond is predictions[0] else None)
+
+    def _evaluation(self, cond: Prediction, uncond: Prediction, timestep: Tensor | float | None) -> Evaluation:
+        evaluation = self._recorder.evaluation(cond, uncond, space=self._space, roles="declared", timestep=timestep)
+        call, path = cond.call, cond.path
+        if self._plan.count == 2 or evaluation.replay is None or call is None or path is None:
+            return evaluation
+        return replace(evaluation, replay=RowsOrWhole(evaluation.replay, cond, lambda: look_up(call.args, call.kwargs, path)))
 
     def _change(self, module: nn.Module, answer: _Answer, output: Any, values: Tensor) -> Replaced | None:
         """Do what was answered to the evaluation that this call completes."""
@@ -165,37 +174,51 @@ class _Run:
         return Replaced(replace_prediction(output, values, changed))
 
     def _unguided(self, prediction: Prediction, timestep: Tensor | float | None, reason: str, refuted: tuple[Tensor, str] | None = None) -> None:
+        if refuted is not None and self._watcher.wants_evaluations and bool(refuted[0]):
+            raise GuidanceLayoutError(refuted[1])
         self._watcher.missing(reason)
         evaluation = self._recorder.evaluation(prediction, prediction, space=self._space, roles="declared", timestep=timestep)
         row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), refuted=refuted)
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
-    def _as_many_as_samples(self, whole: Prediction, halves: list[Prediction], timestep: Tensor | float | None) -> None:
-        """A batch of as many rows as there were samples before: guidance was switched off, unless its halves are equal."""
-        doubled, refuted = same_samples(*halves), None
-        if doubled is not None:
-            batch = whole.values.shape[0]
+    def _does_not_divide(self, whole: Prediction, timestep: Tensor | float | None) -> None:
+        """A batch that cannot be cut as declared: without guidance, or of another layout."""
+        shape, count, refuted = tuple(whole.values.shape), self._plan.count, None
+        seen = f"the denoiser was given a batch of {shape[0]} rows (its output has the shape {shape})"
+        if count > 2 and self._samples is not None and shape[0] > self._samples and shape[0] % self._samples == 0:
             message = (
-                f"a batch of {batch} rows came after guided ones of {2 * batch}, so it was taken for {batch} samples without guidance; yet its "
-                f"halves are equal, as of a guided run of {batch // 2} samples. Watch runs with other numbers of samples in blocks of their own"
+                f"{seen} after guided ones of {count * self._samples}, so some of the {count} predictions of layout={self._plan.name} are not made "
+                "any more, and which does not show. Watch that part of the run in a block of its own, with the layout that it has"
             )
-            refuted = doubled.all(), message
-            if self._watcher.wants_evaluations and bool(refuted[0]):
-                raise GuidanceLayoutError(message)
-        self._unguided(whole, timestep, f"the denoiser was called without an unconditional half: {_OFF}", refuted)
+            refuted = torch.ones((), dtype=torch.bool, device=whole.values.device), message
+        reason = f"{seen}, where layout={self._plan.name} expects {count} equal parts: {_OFF}"
+        self._unguided(whole, timestep, f'{reason}, or the host makes two calls (layout="two_calls_cond_first" or the like)', refuted)
 
-    def _one_of_two(self, prediction: Prediction, moment: _Moment, values: Tensor) -> _Answer | None:
+    def _as_many_as_samples(self, whole: Prediction, parts: Sequence[Prediction], timestep: Tensor | float | None) -> None:
+        """A batch of as many rows as there were samples before: guidance was switched off, unless its parts are equal."""
+        batch, count, refuted = whole.values.shape[0], self._plan.count, None
+        equal = [same.all() for part in parts[1:] if (same := same_samples(parts[0], part)) is not None]
+        if equal:
+            message = (
+                f"a batch of {batch} rows came after guided ones of {count * batch}, so it was taken for {batch} samples without guidance; yet its "
+                f"{'halves' if count == 2 else 'parts'} are equal, as of a guided run of {batch // count} samples. Watch runs with other numbers "
+                "of samples in blocks of their own"
+            )
+            refuted = torch.stack(equal).all(), message
+        self._unguided(whole, timestep, f"the denoiser was called without an unconditional part: {_OFF}", refuted)
+
+    def _one_of_two(self, prediction: Prediction, moment: Moment, values: Tensor) -> _Answer | None:
         if self._waiting is not None and self._another_evaluation(*self._waiting[:2], prediction, moment):
-            self._stood_alone(*self._waiting[:2])
+            self._stood_alone(*self._waiting[:2], prediction)
             self._waiting = None
         if self._waiting is None:
-            self._waiting = _held(prediction), moment, values
+            self._waiting = held(prediction), moment, values
             return None
         (first, began, earlier), self._waiting = self._waiting, None
         self._one_sample = moment.same_sample(began) and self._one_sample is not False
-        return self._guided(first, prediction, moment.timestep, earlier)
+        return self._guided((first, prediction), moment.timestep, earlier)
 
-    def _another_evaluation(self, first: Prediction, began: _Moment, prediction: Prediction, moment: _Moment) -> bool:
+    def _another_evaluation(self, first: Prediction, began: Moment, prediction: Prediction, moment: Moment) -> bool:
         """Whether a call cannot belong with the one before it, as far as can be told without waiting for the device."""
         if first.values.shape != prediction.values.shape:
             return True
@@ -203,8 +226,10 @@ class _Run:
             return True
         return bool(self._one_sample) and not moment.same_sample(began)
 
-    def _stood_alone(self, first: Prediction, began: _Moment) -> None:
-        reason = f"a call of the denoiser stood alone, where layout={self._layout!r} expects pairs: {_OFF}"
+    def _stood_alone(self, first: Prediction, began: Moment, following: Prediction | None = None) -> None:
+        unlike = following is not None and following.values.shape != first.values.shape
+        shapes = f" (it and the next one gave the shapes {_shapes(first, following)})" if following is not None and unlike else ""
+        reason = f"a call of the denoiser stood alone{shapes}, where layout={self._plan.name} expects pairs: {_OFF}"
         self._unguided(first, began.timestep, f'{reason}, or the host batches both halves (layout="uncond_first" or "cond_first")')
 
 
@@ -217,37 +242,8 @@ class _Answer:
     earlier: Tensor | None  # the output of the first of two calls, where that was the conditional one
 
 
-@dataclass(frozen=True, eq=False)
-class _Moment:
-    """What tells the calls of one evaluation from those of the next, read without waiting for the device."""
-
-    timestep: Tensor | float | None
-    level: float | None  # the timestep as a number, where that is known
-    sample: weakref.ref[Tensor] | None
-    version: int | None
-
-    @staticmethod
-    def of(sample: Tensor | None, timestep: Tensor | float | None) -> _Moment:
-        level = None
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach().clone()  # hosts may count down in place
-            level = float(timestep.reshape(-1)[0]) if timestep.device.type == "cpu" and timestep.numel() else None
-        elif timestep is not None:
-            level = float(timestep)
-        if sample is None:
-            return _Moment(timestep, level, None, None)
-        return _Moment(timestep, level, weakref.ref(sample), version(sample))
-
-    def same_sample(self, other: _Moment) -> bool:
-        if self.sample is None or other.sample is None:
-            return False
-        return self.sample() is not None and self.sample() is other.sample() and self.version == other.version
-
-
-def _held(prediction: Prediction) -> Prediction:
-    """The first of two calls until the second comes; a copy, since the host may change its tensors in place in between."""
-    sample, embedding = (None if tensor is None else copy_of(tensor) for tensor in (prediction.sample, prediction.embedding))
-    return replace(prediction, values=copy_of(prediction.values), sample=sample, embedding=embedding)
+def _shapes(*predictions: Prediction) -> str:
+    return " and ".join(str(tuple(prediction.values.shape)) for prediction in predictions)
 
 
 def _write(values: Tensor, rows: slice, prediction: Tensor) -> None:

@@ -1,17 +1,16 @@
-"""Replays for pipelines: the conditional rows alone where that works, the whole batch where the model needs it."""
+"""Replays for pipelines, whose text comes in many forms."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from memhook.errors import ReplayError
-from memhook.replay import CallRecord, Path, Replay, look_up
+from memhook.replay import CallRecord, Path, look_up
 from memhook.tensors import map_tensors
+from memhook.whole_batch import ReplayFunction, RowsOrWhole
 from memhook_diffusers.text import read_text, write_text
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ class PipelineCall(CallRecord):
         return map_tensors(value, cut)
 
 
-ReplayFunction = Callable[[Tensor], Tensor]
-
-
 def make_replay(replay: ReplayFunction | None, cond: Prediction, name: str) -> ReplayFunction | None:
     """The best replay of a captured call; one that says why, where there can be none.
 
@@ -64,7 +60,8 @@ def make_replay(replay: ReplayFunction | None, cond: Prediction, name: str) -> R
             f"{name}'s text does not reach its denoiser as an embedding of one length for all samples, so it cannot be replaced. Run one prompt "
             f"at a time if their lengths differ; floating-point inputs: {found}"
         )
-    return _Rows(replay, cond, cond.call, cond.path)
+    call, path = cond.call, cond.path
+    return RowsOrWhole(replay, cond, lambda: read_text(look_up(call.args, call.kwargs, path), slice(0, call.batch), call.batch))
 
 
 def _text_like(call: CallRecord) -> list[str]:
@@ -77,58 +74,3 @@ def _refusal(reason: str) -> ReplayFunction:
         raise ReplayError(reason)
 
     return refuse
-
-
-class _Rows:
-    """Replays conditional rows alone; models whose layers look at the whole guided batch (perturbed attention) get it whole."""
-
-    def __init__(self, rows: ReplayFunction, cond: Prediction, call: CallRecord, path: Path) -> None:
-        self._rows, self._cond, self._call, self._path = rows, cond, call, path
-        self._chosen: ReplayFunction | None = None
-
-    def __call__(self, embedding: Tensor) -> Tensor:
-        if self._chosen is not None:
-            return self._chosen(embedding)
-        try:
-            predicted = self._rows(embedding)
-        except Exception as error:  # whatever a model raises when it is given another batch than it expects
-            if tuple(embedding.shape) != tuple(self._cond.embedding.shape if self._cond.embedding is not None else ()):
-                raise
-            try:
-                predicted = self._whole(embedding)
-            except Exception as second:  # noqa: BLE001 -- the first error says more
-                reason = f"the captured call could not be run again, neither its conditional rows ({error}) nor whole ({second})"
-                raise ReplayError(reason) from error
-            self._chosen = self._whole
-            return predicted
-        self._chosen = self._rows
-        return predicted
-
-    def take(self, samples: Tensor) -> ReplayFunction:
-        """The same replay for some of its samples, ``(k,)`` int64, alone where the model allows it."""
-        captured = self._cond.embedding
-        take = getattr(self._rows, "take", None)
-        alone: list[ReplayFunction] = [take(samples)] if take is not None and self._chosen != self._whole else []
-
-        def taken(part: Tensor) -> Tensor:
-            if alone:
-                try:
-                    return alone[0](part)
-                except Exception:  # noqa: BLE001 -- the whole batch is tried, and says what is wrong
-                    alone.clear()
-            if captured is None:
-                raise ReplayError("the captured call has no embedding")
-            return self(captured.index_copy(0, samples.to(captured.device), part.to(captured)))[samples]
-
-        return taken
-
-    def _whole(self, embedding: Tensor) -> Tensor:
-        call, cond, rows = self._call, self._cond, self._cond.rows
-        whole = read_text(look_up(call.args, call.kwargs, self._path), slice(0, call.batch), call.batch)
-        if whole is None:
-            raise ReplayError("the text embeddings of the batch differ in length")
-        replay = Replay(call, rows=slice(0, call.batch), path=self._path, embedding=whole, expected=cond.values, read=self._read, checked=[])
-        return replay(torch.cat([whole[: rows.start], embedding.to(whole), whole[rows.stop :]]))
-
-    def _read(self, output: object) -> Tensor:
-        return self._cond.read(output)[self._cond.rows]
