@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn import metrics
 
-from memhook import MemhookError
+from memhook import MemhookError, evaluation
 from memhook.evaluation import roc_auc, tpr_at_fpr
 
 scores = st.lists(st.one_of(st.integers(0, 6).map(float), st.floats(-10, 10)), min_size=1, max_size=30)
@@ -60,3 +62,68 @@ def test_wrong_scores_are_named(measure, memorized, clean, message):
 def test_rates_are_rates(fpr):
     with pytest.raises(MemhookError, match=r"fpr is .*; expected a rate above 0 and at most 1"):
         tpr_at_fpr([1.0], [0.0], fpr=fpr)
+
+
+@given(scores, scores, st.sampled_from([0.01, 0.1, 0.25, 0.5, 1.0]), st.integers(0, 99))
+def test_figures_of_a_resample_are_those_of_the_repeated_scores(memorized, clean, fpr, seed):
+    rng = np.random.default_rng(seed)
+    drawn, drawn_clean = (rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=3) for x in (memorized, clean))
+    found = evaluation._weighted_figures(np.array(memorized), np.array(clean), drawn, drawn_clean, fpr)
+    for row, m, c in zip(found, drawn, drawn_clean, strict=True):
+        repeated, repeated_clean = np.repeat(memorized, m), np.repeat(clean, c)
+        assert row == pytest.approx([roc_auc(repeated, repeated_clean), tpr_at_fpr(repeated, repeated_clean, fpr=fpr)], abs=1e-12)
+
+
+@given(scores, scores)
+def test_the_curve_is_that_of_scikit_learn_and_has_the_area(memorized, clean):
+    curve = evaluation.roc_curve(memorized, clean)
+    assert metrics.auc(curve.fpr, curve.tpr) == pytest.approx(roc_auc(memorized, clean), abs=1e-12)
+    for threshold, rate, hits in zip(curve.thresholds, curve.fpr, curve.tpr, strict=True):
+        assert rate == pytest.approx(np.mean(np.array(clean) >= threshold))
+        assert hits == pytest.approx(np.mean(np.array(memorized) >= threshold))
+
+
+def test_intervals_hold_the_true_auc_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    truth, held = 0.5 * (1 + math.erf(1 / 2)), 0  # P(N(1,1) > N(0,1)) = Phi(1 / sqrt 2)
+    for number in range(200):
+        interval = evaluation.evaluate(rng.normal(1, 1, 60), rng.normal(0, 1, 80), resamples=300, seed=number, confidence=0.9).auc
+        held += interval.low <= truth <= interval.high
+    assert 0.82 <= held / 200 <= 0.96
+
+
+def test_near_duplicates_widen_the_interval():
+    rng = np.random.default_rng(0)
+    clean, originals = rng.normal(0, 1, 300), rng.normal(1, 1, 30)
+    copies, families = np.repeat(originals, 10), np.repeat([str(i) for i in range(30)], 10)
+    blind = evaluation.evaluate(copies, clean).auc
+    aware = evaluation.evaluate(copies, clean, memorized_families=families).auc
+    assert aware.value == blind.value
+    assert aware.high - aware.low > 2 * (blind.high - blind.low)
+    assert evaluation.one_per_family(families).tolist() == list(range(0, 300, 10))
+
+
+def test_several_tries_are_averaged():
+    rng = np.random.default_rng(0)
+    memorized, clean = rng.normal(1, 1, (4, 20)), rng.normal(0, 1, (4, 50))
+    found = evaluation.evaluate(memorized, clean, fpr=0.1)
+    assert found.auc.value == pytest.approx(np.mean([roc_auc(m, c) for m, c in zip(memorized, clean, strict=True)]))
+    assert found.tpr.low <= found.tpr.value <= found.tpr.high
+    assert (found.memorized, found.clean) == (20, 50)
+    assert evaluation.evaluate(memorized, clean, fpr=0.1) == found  # the seed decides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memorized_families": ["a"]}, "2 memorized prompts and 1 families"),
+        ({"clean_families": ["a", "b"]}, "3 clean prompts and 2 families"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+        ({"resamples": 0}, "resamples 0"),
+    ],
+)
+def test_what_cannot_be_resampled_says_why(arguments, message):
+    with pytest.raises(MemhookError, match=message):
+        evaluation.evaluate([1.0, 2.0], [0.0, 1.0, 3.0], **arguments)
+    with pytest.raises(MemhookError, match="as many tries of both"):
+        evaluation.evaluate([[1.0], [2.0]], [[1.0]])
