@@ -144,14 +144,20 @@ class Replay:
 
 
 @contextlib.contextmanager
-def _replayed(module: nn.Module) -> Iterator[None]:
-    """Calls inside the block are recorded by no watch and leave the parameters alone."""
+def unrecorded() -> Iterator[None]:
+    """Calls inside the block are recorded by no watch."""
     token = _replaying.set(True)
     try:
-        with _frozen(module):
-            yield
+        yield
     finally:
         _replaying.reset(token)
+
+
+@contextlib.contextmanager
+def _replayed(module: nn.Module) -> Iterator[None]:
+    """Calls inside the block are recorded by no watch and leave the parameters alone."""
+    with unrecorded(), _frozen(module):
+        yield
 
 
 _freeze_lock = threading.Lock()
