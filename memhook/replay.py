@@ -79,7 +79,7 @@ class CallRecord:
         else:
             kwargs = put(kwargs, path, embedding)
         enabled, dtype = self._autocast
-        with _replayed(module), checkpointed(module, lambda: _replayed(module)), torch.autocast(self._device_type, dtype=dtype, enabled=enabled):
+        with replayed(module), checkpointed(module, lambda: replayed(module)), torch.autocast(self._device_type, dtype=dtype, enabled=enabled):
             return module(*args, **kwargs)
 
 
@@ -154,7 +154,7 @@ def unrecorded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replayed(module: nn.Module) -> Iterator[None]:
+def replayed(module: nn.Module) -> Iterator[None]:
     """Calls inside the block are recorded by no watch and leave the parameters alone."""
     with unrecorded(), _frozen(module):
         yield
