@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from memhook.errors import MemhookError
@@ -37,10 +38,9 @@ def tile_distances(images: Tensor, *, tiles: int = 4) -> Tensor:
     """
     if images.ndim < 4 or tiles < 1 or min(images.shape[-2:]) < tiles:
         raise MemhookError(f"the images have shape {tuple(images.shape)}; expected (..., n, c, h, w) with h and w of at least tiles={tiles}")
-    height, width = (size // tiles for size in images.shape[-2:])
-    cut = images.float()[..., : tiles * height, : tiles * width]
-    parts = cut.unflatten(-2, (tiles, height)).unflatten(-1, (tiles, width))  # (..., n, c, tiles, height, tiles, width)
-    parts = parts.movedim((-4, -2), (-6, -5)).flatten(-4).flatten(-3, -2).movedim(-2, -3)  # (..., tiles^2, n, c * height * width)
+    height, width = (size - size % tiles for size in images.shape[-2:])
+    cut = images.float()[..., :height, :width]
+    parts = rearrange(cut, "... n c (row h) (column w) -> ... (row column) n (c h w)", row=tiles, column=tiles)
     # The sum of squares itself rather than the expanded product, which would lose small distances in rounding.
     distances = torch.cdist(parts, parts, compute_mode="donot_use_mm_for_euclid_dist") / parts.shape[-1] ** 0.5
     return distances.amax(-3)
