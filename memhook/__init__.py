@@ -28,8 +28,10 @@ from memhook.intervention import Intervention
 from memhook.module import ModuleAdapter
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
 from memhook.prediction import Evaluation, magnitude
+from memhook.stopping import StopRule, stop_rule
 from memhook.tokens import Tokens, prompt_tokens
 from memhook.trace import Trace
+from memhook.training import keep_mask, masked_mean, training_filter
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "NoGuidanceError",
     "OptimizedEmbedding",
     "ReplayError",
+    "StopRule",
     "TokenAttribution",
     "Tokens",
     "Trace",
@@ -58,11 +61,15 @@ __all__ = [
     "detect",
     "guard",
     "hookimpl",
+    "keep_mask",
     "magnitude",
+    "masked_mean",
     "mitigate",
     "optimize_embedding",
     "per_sample_target",
     "probe",
     "prompt_tokens",
+    "stop_rule",
+    "training_filter",
     "watch",
 ]

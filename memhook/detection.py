@@ -27,6 +27,7 @@ class Detection:
         threshold: Scores above it are flagged.
         groups: ``(b,)``: to which prompt each sample belongs.
         calibration_size: The number of clean prompts behind the p-values.
+        statistic: What the scores are, in words.
     """
 
     scores: np.ndarray
@@ -37,6 +38,7 @@ class Detection:
     threshold: float
     groups: np.ndarray
     calibration_size: int
+    statistic: str = "mean magnitude"
 
     def __bool__(self) -> bool:
         raise TypeError("a Detection holds a verdict for each prompt; ask detection.memorized.any() or detection.memorized[i]")
