@@ -9,7 +9,8 @@ from torch import nn
 
 import memhook
 from memhook.testing import tiny_unet
-from memhook.training import BinnedThreshold
+from memhook.training import BinnedThreshold, KeyCount
+from memhook.training.counts import ranked
 from tests.training_models import NULL, Plain, embeddings, losses_of, pairs
 
 
@@ -212,6 +213,13 @@ def test_what_was_dropped_is_counted_by_key_and_ranked():
     assert [row.magnitude for row in rows] == pytest.approx([5.0, 4.0, 1.0], abs=1e-5)
     assert [row.excess for row in rows] == pytest.approx([5 / 4, 4 / 4, 1 / 4], abs=1e-5)
     assert [row.share for row in rows] == [1.0, 0.5, 0.0]
+
+
+def test_many_drops_weigh_more_than_one():
+    rows = [KeyCount("once", 1, 1, 5.0, 1.2), KeyCount("often", 100, 60, 4.0, 1.1), KeyCount("never", 100, 0, 1.0, 0.2), KeyCount("new", 1, 0, 1.0, 0.3)]
+    assert [row.key for row in ranked(rows)] == ["often", "once", "new", "never"]
+    # scipy.stats.binomtest(60, 100).proportion_ci(method="wilson").low
+    assert rows[1].suspicion == pytest.approx(0.502003, abs=1e-5)
 
 
 def test_reports_of_two_ranks_add_up(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,15 @@ class KeyCount:
     def share(self) -> float:
         """The share of judged presentations that were dropped."""
         return self.dropped / self.judged if self.judged else 0.0
+
+    @property
+    def suspicion(self) -> float:
+        """The lower end of the 95% interval (Wilson 1927) of the share: a sample seen once says less than one seen a hundred times."""
+        n, z = self.judged, 1.96
+        if n == 0:
+            return 0.0
+        center, half = self.share + z * z / (2 * n), z * math.sqrt(self.share * (1 - self.share) / n + z * z / (4 * n * n))
+        return max(0.0, (center - half) / (1 + z * z / n))
 
 
 @dataclass(frozen=True)
@@ -82,11 +92,11 @@ class FilterReport:
 
 
 def ranked(rows: Iterable[KeyCount]) -> tuple[KeyCount, ...]:
-    """Rows of equal keys added up, in the order of the share dropped, then of the excess."""
+    """Rows of equal keys added up, most suspicious first; where that is equal, the larger excess."""
     total: dict[Hashable, KeyCount] = {}
     for row in rows:
         total[row.key] = row if row.key not in total else _added(total[row.key], row)
-    return tuple(sorted(total.values(), key=lambda row: (-row.share, -row.excess, str(row.key))))
+    return tuple(sorted(total.values(), key=lambda row: (-row.suspicion, -row.excess, str(row.key))))
 
 
 def _added(first: KeyCount, second: KeyCount) -> KeyCount:
