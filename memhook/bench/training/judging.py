@@ -1,0 +1,124 @@
+"""How much a fine-tuned denoiser has memorized, and how well it still does its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memhook.bench.training.finetune import Model, noised
+from memhook.capture import watch
+from memhook.evaluation import roc_auc
+from memhook.testbed.bundle import GUIDANCE_SCALE, load_reader
+from memhook.testbed.measures import COPY_THRESHOLD, copy_similarity
+from memhook.testbed.scenes import draw
+from memhook.testbed.train.autoencoder import to_pixels
+
+if TYPE_CHECKING:
+    from memhook.bench.training.recipe import Data, Pair
+    from memhook.training import FilterReport, KeyCount
+
+_NOISES = 4  # noise draws for each held-out pair, for the loss
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """Figures of one run.
+
+    Attributes:
+        similarity: Mean copy similarity of the planted captions' pictures to their training picture; lower is less memorized.
+        copies: The share of these pictures that count as copies.
+        magnitude: Mean detection score (first evaluation) of the planted captions.
+        clean_magnitude: The same of held-out captions.
+        detection_auc: How well the score tells planted captions from held-out ones; 0.5 is what a model that memorized nothing gives.
+        agreement: The share of held-out pictures that show the subject of their caption.
+        clean_loss: Loss on held-out pairs, weighted as in training.
+        dropped: The share of judged presentations that the filter dropped; None without a filter.
+        dropped_planted: The same, of planted pairs.
+        dropped_fresh: The same, of fresh pairs.
+        dropped_auc: How well the order of the filter's report puts planted pairs before fresh ones.
+    """
+
+    similarity: float
+    copies: float
+    magnitude: float
+    clean_magnitude: float
+    detection_auc: float
+    agreement: float
+    clean_loss: float
+    dropped: float | None = None
+    dropped_planted: float | None = None
+    dropped_fresh: float | None = None
+    dropped_auc: float | None = None
+
+
+@torch.no_grad()
+def judge(model: Model, unet: nn.Module, data: Data, report: FilterReport | None) -> Judgment:
+    """Make pictures with the fine-tuned denoiser, and look at them."""
+    recipe = data.recipe
+    unet.eval()
+    planted = [pair for pair in data.planted for _ in range(recipe.pictures)]
+    pictures, scores = _pictures(model, unet, [*planted, *data.held_out], seed=1000 * data.seed, steps=recipe.sampling_steps)
+    similarity = copy_similarity(pictures[: len(planted)], to_pixels([draw(pair.scene) for pair in planted]))
+    own, clean = scores[: len(planted)], scores[len(planted) :]
+    subjects = load_reader()(pictures[len(planted) :]).subjects()
+    right = [subject == pair.caption.subject for subject, pair in zip(subjects, data.held_out, strict=True)]
+    return Judgment(
+        similarity=float(similarity.mean()),
+        copies=float((similarity >= COPY_THRESHOLD).float().mean()),
+        magnitude=float(own.mean()),
+        clean_magnitude=float(clean.mean()),
+        detection_auc=roc_auc(own.reshape(recipe.planted, -1).mean(1), clean),
+        agreement=float(np.mean(right)),
+        clean_loss=_clean_loss(model, unet, data),
+        **({} if report is None else dropped_figures(report)),
+    )
+
+
+def _pictures(model: Model, unet: nn.Module, pairs: list[Pair], *, seed: int, steps: int) -> tuple[Tensor, np.ndarray]:
+    """Pictures ``(n, 3, 32, 32)`` in -1..1, and the magnitude of each at the first evaluation."""
+    pipeline = model.pipeline
+    own, pipeline.unet = pipeline.unet, unet
+    found, scores = [], []
+    try:
+        for start in range(0, len(pairs), 32):
+            part = pairs[start : start + 32]
+            generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
+            with watch(pipeline) as trace:
+                images = pipeline(
+                    [str(pair.caption) for pair in part],
+                    num_inference_steps=steps,
+                    guidance_scale=GUIDANCE_SCALE,
+                    generator=generators,
+                    output_type="pt",
+                ).images
+            found.append(2 * images - 1)
+            scores.append(trace.magnitudes[0])
+    finally:
+        pipeline.unet = own
+    return torch.cat(found), np.concatenate(scores)
+
+
+def _clean_loss(model: Model, unet: nn.Module, data: Data) -> float:
+    captions = [str(pair.caption) for pair in data.held_out]
+    draws = [noised(model, data.held_out, captions, seed=(3, data.seed, number), dropout=0.0).losses(unet) for number in range(_NOISES)]
+    return float(torch.cat(draws).mean())
+
+
+def dropped_figures(report: FilterReport) -> dict[str, float]:
+    """What a filter's report says about planted and fresh pairs."""
+    planted = [row for row in report.rows if str(row.key).startswith("planted")]
+    fresh = [row for row in report.rows if not str(row.key).startswith("planted")]
+    places = {row.key: -float(place) for place, row in enumerate(report.rows)}
+
+    def share(rows: list[KeyCount]) -> float:
+        judged = sum(row.judged for row in rows)
+        return sum(row.dropped for row in rows) / judged if judged else 0.0
+
+    figures = {"dropped": share([*planted, *fresh]), "dropped_planted": share(planted), "dropped_fresh": share(fresh)}
+    if planted and fresh:
+        figures["dropped_auc"] = roc_auc([places[row.key] for row in planted], [places[row.key] for row in fresh])
+    return figures

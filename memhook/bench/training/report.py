@@ -1,0 +1,168 @@
+"""The benchmark's table, files and plot: ``memhook bench training``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from memhook.bench.training.judging import Judgment
+from memhook.bench.training.recipe import Recipe, ways
+from memhook.bench.training.runs import Results, run_all
+from memhook.cli.progress import tracked
+from memhook.cli.tables import console, print_table
+from memhook.errors import MemhookError
+from memhook.files import replace_file, write_text
+
+MARKERS = ("<!-- bench training: begin -->", "<!-- bench training: end -->")
+_COLUMNS = (
+    ("similarity", "similarity"), ("copies", "copies"), ("detection_auc", "detection AUC"), ("agreement", "agreement"), ("clean_loss", "clean loss"),
+    ("dropped_planted", "planted dropped"), ("dropped_fresh", "fresh dropped"), ("dropped_auc", "AUC of the drops"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A way's figures over the seeds: means, and standard deviations (0 for one seed); None where a way has no such figure."""
+
+    way: str
+    seeds: int
+    mean: dict[str, float | None]
+    deviation: dict[str, float | None]
+
+
+def lines(results: Results) -> list[Line]:
+    """The table: the model before, then way by way."""
+    names = list(dict.fromkeys(run.way.name for run in results.runs))
+    groups = {"before the fine-tune": results.start} | {name: [run.judgment for run in results.runs if run.way.name == name] for name in names}
+    return [_line(f"{name} ({results.taus[name]:.3g})" if name in results.taus else name, group) for name, group in groups.items()]
+
+
+def _line(name: str, group: Sequence[Judgment]) -> Line:
+    mean: dict[str, float | None] = {}
+    deviation: dict[str, float | None] = {}
+    for field in fields(Judgment):
+        values = [getattr(judgment, field.name) for judgment in group]
+        known = not any(value is None for value in values)
+        mean[field.name] = float(np.mean(values)) if known else None
+        deviation[field.name] = (float(np.std(values, ddof=1)) if len(values) > 1 else 0.0) if known else None
+    return Line(name, len(group), mean, deviation)
+
+
+def _cells(line: Line) -> list[str]:
+    found = [line.way]
+    for key, _ in _COLUMNS:
+        mean, deviation = line.mean[key], line.deviation[key]
+        digits = 4 if key == "clean_loss" else 2
+        found.append("-" if mean is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}")
+    return found
+
+
+def about(results: Results, seeds: int) -> str:
+    """The sentence below the table."""
+    recipe, cost = results.recipe, results.overhead
+    return (
+        f"{recipe.steps} steps of {recipe.batch} pairs, {recipe.share:.0%} of them showing one of {recipe.planted} planted pairs (about "
+        f"{recipe.steps * recipe.batch * recipe.share / recipe.planted:.0f} times each); mean ± standard deviation over {seeds} seeds. "
+        f"A step with the filter takes {cost.step:.2f} of the time of one without ({cost.step_seconds:.2f} s CPU), {cost.half:.2f} with the pass at "
+        f"every other step; forward and backward pass of the denoiser alone {cost.denoiser:.2f}; the extra pass {cost.forward:.2f} of the loop's "
+        f"forward pass; peak memory {cost.peak:.2f}."
+    )
+
+
+def markdown(results: Results, seeds: int) -> str:
+    """Table and sentence as they stand in ``docs/training.md``."""
+    head = ["way", *(title for _, title in _COLUMNS)]
+    rows = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *map(_cells, lines(results)))]
+    return "\n".join([*rows, "", about(results, seeds)]) + "\n"
+
+
+def write(out: Path, results: Results, seeds: int) -> None:
+    """``training.csv``, ``training.json``, ``training-dropped.csv`` and ``training.svg``."""
+    table = lines(results)
+    rows = [{"way": line.way, "seeds": line.seeds, **{k: v for key in line.mean for k, v in _columns(key, line).items()}} for line in table]
+    write_text(out / "training.csv", _csv(rows))
+    write_text(out / "training-dropped.csv", _csv(results.dropped))
+    runs = [{"way": run.way.name, "seed": run.seed, **asdict(run.judgment)} for run in results.runs]
+    whole = {
+        "recipe": asdict(results.recipe), "seeds": seeds, "taus": results.taus, "overhead": asdict(results.overhead),
+        "before": [asdict(judgment) for judgment in results.start], "runs": runs, "dropped": results.dropped,
+    }  # fmt: skip
+    write_text(out / "training.json", json.dumps(whole, indent=2) + "\n")
+    replace_file(out / "training.svg", lambda temporary: _plot(temporary, table))
+
+
+def _columns(key: str, line: Line) -> dict[str, float | None]:
+    return {key: line.mean[key], f"{key}_sd": line.deviation[key]}
+
+
+def _csv(rows: Sequence[Mapping[str, object]]) -> str:
+    if not rows:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _plot(path: Path, table: Sequence[Line]) -> None:
+    """Memorization against quality, a point a way."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, title in ((panels[0], "agreement", "agreement with held-out captions"), (panels[1], "clean_loss", "loss on held-out pairs")):
+        for line in table:
+            kind = "s" if line.way.startswith("random") else "D" if line.way.startswith(("before", "no filter")) else "o"
+            mean, deviation = line.mean, line.deviation
+            axes.errorbar(
+                mean["similarity"], mean[key], xerr=deviation["similarity"], yerr=deviation[key], marker=kind, capsize=2, label=line.way
+            )  # fmt: skip
+        axes.set(xlabel="similarity of planted captions' pictures to the training picture", ylabel=title)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "memhook"}):
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def run_training_bench(
+    work: Path, recipe: Recipe, *, seeds: int, taus: Sequence[float] | None, rounds: int, out: Path | None, page: Path | None
+) -> Results:  # fmt: skip
+    """Run (or go on running), print the table, and write it where asked."""
+    if seeds < 1 or rounds < 1:
+        raise MemhookError(f"seeds is {seeds} and rounds is {rounds}; expected at least 1 each")
+    if page is not None:
+        _parts(page)  # before the long run: a wrong file is told at once
+    compared = ways(taus)
+    results = run_all(
+        work, recipe, compared, seeds=seeds, rounds=rounds, track=lambda steps, doing: tracked(steps, total=len(steps), doing=doing)
+    )  # fmt: skip
+    print_table(
+        "Stopping memorization in training: a fine-tune of the bundled model", [("way", ""), *((title, "right") for _, title in _COLUMNS)],
+        [_cells(line) for line in lines(results)],
+    )  # fmt: skip
+    console.print(about(results, seeds), highlight=False)
+    if out is not None:
+        write(out, results, seeds)
+        console.print(f"wrote training.csv, training.json, training-dropped.csv and training.svg to {out}", soft_wrap=True)
+    if page is not None:
+        before, after = _parts(page)
+        write_text(page, f"{before}{MARKERS[0]}\n{markdown(results, seeds)}{MARKERS[1]}{after}")
+    return results
+
+
+def _parts(page: Path) -> tuple[str, str]:
+    """What stands before and after the table in a page."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if any(text.count(marker) != 1 for marker in MARKERS):
+        raise MemhookError(f"{page} does not hold the two lines {MARKERS[0]} and {MARKERS[1]}, once each; the table is written between them")
+    before, rest = text.split(MARKERS[0])
+    return before, rest.split(MARKERS[1])[1]
