@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memhook.errors import MemhookError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -29,3 +33,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as one ``.safetensors`` file, whole or not at all."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    replace_file(path, lambda temporary: save_file(whole, temporary))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """What `write_arrays` wrote; None where there is no file, or a damaged one, which is to be made again."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path)) if path.is_file() else None
+    except (SafetensorError, OSError):
+        return None

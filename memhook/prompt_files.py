@@ -19,18 +19,22 @@ _FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row of a prompt file: its prompt, or why there is none. ``line`` counts from 1 (for CSV and Parquet: data rows)."""
+    """One row of a prompt file: its prompt, or why there is none. ``line`` counts from 1 (for CSV and Parquet: data rows).
+
+    ``family`` is the row's field of that name, where it has one: near-duplicates share it.
+    """
 
     line: int
     prompt: str | None
     problem: str | None = None
+    family: str | None = None
 
 
 def read_prompts(source: str) -> list[PromptRow]:
     """Read prompts by the file's ending, or text from standard input for ``-``.
 
     Text holds one prompt a line; blank lines are skipped. JSON lines hold a string or an object with the field ``prompt`` each; CSV and Parquet
-    have a column ``prompt``. Nothing is executed or unpickled.
+    have a column ``prompt``. A field or column ``family`` may name what a row is a near-duplicate of. Nothing is executed or unpickled.
 
     Raises:
         MemhookError: The file does not exist, its ending is unknown, it has no column ``prompt``, or no row can be used.
@@ -66,6 +70,7 @@ def _line_rows(data: bytes, *, json_lines: bool) -> Iterator[PromptRow]:
         if not text:
             continue
         value: Any = text
+        family: Any = None
         if json_lines:
             try:
                 value = json.loads(text)
@@ -76,8 +81,8 @@ def _line_rows(data: bytes, *, json_lines: bool) -> Iterator[PromptRow]:
                 if "prompt" not in value:
                     yield PromptRow(number, None, 'no field "prompt"')
                     continue
-                value = value["prompt"]
-        yield _checked(number, value)
+                value, family = value["prompt"], value.get("family")
+        yield _checked(number, value, family)
 
 
 def _csv_rows(source: str, data: bytes) -> Iterator[PromptRow]:
@@ -96,7 +101,7 @@ def _csv_rows(source: str, data: bytes) -> Iterator[PromptRow]:
         except csv.Error as error:
             yield PromptRow(number, None, f"not CSV: {error}")
             continue
-        yield _checked(number, row.get("prompt"))
+        yield _checked(number, row.get("prompt"), row.get("family"))
 
 
 def _parquet_rows(path: Path) -> Iterator[PromptRow]:
@@ -110,15 +115,16 @@ def _parquet_rows(path: Path) -> Iterator[PromptRow]:
             if "prompt" not in file.schema_arrow.names:
                 raise MemhookError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; expected one named prompt")
             number = 0
-            for batch in file.iter_batches(columns=["prompt"]):
-                for value in batch.column(0).to_pylist():
+            columns = [name for name in ("prompt", "family") if name in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    yield _checked(number, value)
+                    yield _checked(number, row["prompt"], row.get("family"))
     except (OSError, pa.ArrowException) as error:
         raise MemhookError(f"cannot read the prompts in {path}: {error}") from error
 
 
-def _checked(number: int, value: Any) -> PromptRow:
+def _checked(number: int, value: Any, family: Any = None) -> PromptRow:
     if not isinstance(value, str):
         return PromptRow(number, None, f"the prompt is a {type(value).__name__}, not text")
     if not value.strip():
@@ -129,4 +135,4 @@ def _checked(number: int, value: Any) -> PromptRow:
         return PromptRow(number, None, "the prompt is not UTF-8")
     if len(value) > LONGEST:
         return PromptRow(number, None, f"the prompt has {len(value):,} characters; at most {LONGEST:,} are read")
-    return PromptRow(number, value.strip())
+    return PromptRow(number, value.strip(), family=str(family) if family is not None else None)

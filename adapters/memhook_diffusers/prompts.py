@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from memhook.trace import Trace
 from memhook_diffusers.loading import quiet_libraries
+from memhook_diffusers.previews import clean_estimates, decode
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class PromptRun:
     prompts: tuple[str, ...]
     trace: Trace
     images: list[Any]  # PIL images, prompt by prompt; empty where the run was cut short
+    previews: dict[int, list[Any]] = field(default_factory=dict)  # step -> PIL images of the clean samples implied there
 
 
 def run_prompts(
@@ -37,6 +40,7 @@ def run_prompts(
     seed: int = 0,
     evaluations: int | None = None,
     batch_size: int = 8,
+    previews: Sequence[int] = (),
 ) -> Iterator[PromptRun]:
     """Watch a pipeline on each prompt, several prompts at a time.
 
@@ -52,6 +56,7 @@ def run_prompts(
         seed: Of the first prompt's first image.
         evaluations: Stop each run after so many steps and return no images; None for whole runs with images.
         batch_size: Prompts per run.
+        previews: Steps (from 1) whose implied clean samples are decoded too.
 
     Yields:
         A `PromptRun` per batch.
@@ -80,7 +85,8 @@ def run_prompts(
         seeds = [seed + 1000 * (start + number) + image for number in range(len(batch)) for image in range(images_per_prompt)]
         generators = [torch.Generator().manual_seed(value) for value in seeds]
         # diffusers logs every cut-off prompt of a batch at length
-        with quiet_libraries(), watch(pipeline) as trace:
+        with quiet_libraries(), contextlib.ExitStack() as stack, watch(pipeline) as trace:
+            latents = stack.enter_context(clean_estimates(pipeline, previews)) if previews else {}
             output = pipeline(
                 prompt=list(batch),
                 num_images_per_prompt=images_per_prompt,
@@ -89,4 +95,5 @@ def run_prompts(
                 generator=generators,
                 **options,
             )
-        yield PromptRun(batch, trace, [] if evaluations is not None else list(output.images))
+        early = {step: decode(pipeline, found) for step, found in latents.items()}
+        yield PromptRun(batch, trace, [] if evaluations is not None else list(output.images), early)

@@ -42,7 +42,7 @@ def tile_distances(images: Tensor, *, tiles: int = 4) -> Tensor:
     cut = images.float()[..., :height, :width]
     parts = rearrange(cut, "... n c (row h) (column w) -> ... (row column) n (c h w)", row=tiles, column=tiles)
     # The sum of squares itself rather than the expanded product, which would lose small distances in rounding.
-    distances = torch.cdist(parts, parts, compute_mode="donot_use_mm_for_euclid_dist") / parts.shape[-1] ** 0.5
+    distances: Tensor = torch.cdist(parts, parts, compute_mode="donot_use_mm_for_euclid_dist") / parts.shape[-1] ** 0.5
     return distances.amax(-3)
 
 
@@ -88,4 +88,5 @@ def _over_pairs(closeness: Tensor, statistic: Statistic) -> Tensor:
         raise MemhookError(f"statistic is {statistic!r}; expected one of {', '.join(get_args(Statistic))}")
     first, second = torch.triu_indices(n, n, offset=1)
     pairs = closeness[..., first, second]
-    return pairs.mean(-1) if statistic == "mean" else pairs.amax(-1)
+    found: Tensor = pairs.mean(-1) if statistic == "mean" else pairs.amax(-1)
+    return found

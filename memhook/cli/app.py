@@ -181,15 +181,32 @@ def card(
 
 @bench_app.command("detection")
 def bench_detection(
-    out: Annotated[Path | None, typer.Option(help="Also write detection.csv and detection.json into this folder.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder that keeps the sampled magnitudes; an interrupted run goes on from it.")] = Path("memhook-study"),
-    per_source: Annotated[int, typer.Option(help="Clean test prompts of each of the four sources.")] = 100,
+    model: Model = None,
+    memorized: Annotated[str | None, typer.Option(help="File of memorized prompts for another model (JSON lines may name a family).")] = None,
+    clean: Annotated[str | None, typer.Option(help="File of prompts that are not memorized.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write detection.csv, detection.json and the two figures into this folder.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder that keeps what was sampled; an interrupted run goes on from it.")] = Path("memhook-study"),
+    per_source: Annotated[int, typer.Option(help="Clean test prompts of each of the bundled model's four sources.")] = 100,
+    images: Annotated[int, typer.Option(help="Images of each prompt; detectors see 1, 4, 16, 32 of them as far as there are so many.")] = 4,
+    descriptor: Annotated[
+        Path | None, typer.Option(help="TorchScript file of an image descriptor such as SSCD, run as code: only from a source you trust.")
+    ] = None,
+    timed: Annotated[int, typer.Option(help="Prompts on which each detector is timed; 0 for none.")] = 3,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
     readme: Annotated[Path | None, typer.Option(help="Replace the table between the markers in this file.")] = None,
 ) -> None:
-    """AUC and TPR at 1% FPR on the bundled model's test prompts (about 15 minutes on 2 cores)."""
-    from memhook.bench.detection import run_detection_bench
+    """The paper's Table 1: magnitude and density baselines on known prompts (bundled model: about 15 minutes on 2 cores)."""
+    from memhook.bench.detection.report import Options, run_detection_bench
+    from memhook.cli.detect import Sampling
 
-    run_detection_bench(work, out=out, per_source=per_source, readme=readme)
+    sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
+    options = Options(work, memorized, clean, per_source, descriptor, timed, out, readme)
+    run_detection_bench(sampling, options)
 
 
 @bench_app.command("capture")
@@ -215,3 +232,60 @@ def bench_gradients(
     from memhook.cli.bench import run_gradients_bench
 
     run_gradients_bench(updates=updates, repeats=repeats)
+
+
+BenchOut = Annotated[Path | None, typer.Option(help="Also write CSV, JSON and pictures into this folder.")]
+
+
+@bench_app.command("attribution")
+def bench_attribution(
+    out: BenchOut = None,
+    work: Annotated[Path, typer.Option(help="Folder that keeps what was measured; an interrupted run goes on from it.")] = Path(
+        "memhook-attribution"
+    ),
+    prompts: Annotated[int | None, typer.Option(help="Planted prompts, evenly from the 96; all by default.")] = None,
+    images: Annotated[int, typer.Option(help="Pictures a prompt, where words are exchanged.")] = 1,
+    scored: Annotated[int, typer.Option(help="Images a prompt that scores are averaged over.")] = 4,
+    steps: Steps = 50,
+) -> None:
+    """How often planted trigger words score highest, and what exchanging the top words does to the copy (about 5 minutes on 2 cores)."""
+    from memhook.bench.attribution_report import run_attribution_bench
+
+    run_attribution_bench(work=work, out=out, prompts=prompts, images=images, scored=scored, steps=steps)
+
+
+@bench_app.command("mitigation")
+def bench_mitigation(
+    out: BenchOut = None,
+    work: Annotated[Path, typer.Option(help="Folder that keeps the pictures; an interrupted run goes on from it.")] = Path("memhook-mitigation"),
+    verbatim: Annotated[int | None, typer.Option(help="Verbatim prompts, evenly from the 72.")] = 24,
+    templates: Annotated[int | None, typer.Option(help="Template prompts, evenly from the 24.")] = 12,
+    images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    steps: Steps = 50,
+    guarded: Annotated[int, typer.Option(help="Batches of four clean prompts and a memorized one that run under a guard; 0 for none.")] = 3,
+) -> None:
+    """Similarity to the training picture against alignment with the prompt, beside the baselines (about 10 minutes on 2 cores)."""
+    from memhook.bench.mitigation import Descent
+    from memhook.bench.mitigation_report import run_mitigation_bench
+
+    run_mitigation_bench(work=work, out=out, verbatim=verbatim, templates=templates, images=images, steps=steps, descent=Descent(), guarded=guarded)
+
+
+@bench_app.command("training")
+def bench_training(
+    out: Annotated[Path | None, typer.Option(help="Also write training.csv, .json, .svg and training-dropped.csv into this folder.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder that keeps every finished run; an interrupted benchmark goes on from it.")] = Path(
+        "memhook-training"
+    ),
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each fine-tune.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Fine-tunes of each way, each with pairs of its own.")] = 3,
+    planted: Annotated[int, typer.Option(help="New pairs that are shown again and again.")] = 4,
+    tau: Annotated[list[float] | None, typer.Option(help="A threshold, in place of the three quantiles of clean pairs; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(help="Pairs of steps that are timed.")] = 10,
+    page: Annotated[Path | None, typer.Option(help="Replace the table between the markers in this file.")] = None,
+) -> None:
+    """Fine-tune the bundled model with planted duplicates: no filter, the filter, random tokens (24 runs, about a minute each)."""
+    from memhook.bench.training.recipe import Recipe
+    from memhook.bench.training.report import run_training_bench
+
+    run_training_bench(work, Recipe(steps=steps, planted=planted), seeds=seeds, taus=tau, rounds=rounds, out=out, page=page)

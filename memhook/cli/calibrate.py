@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memhook.calibration import calibrate
+from memhook.cli.detect import IMAGES
 from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 
@@ -19,27 +20,16 @@ if TYPE_CHECKING:
 
 def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int | None, out: Path) -> None:
     """Run the prompts, keep their magnitudes, and write one calibration file."""
-    from memhook_diffusers.prompts import run_prompts
-
     sampling.check()
     for row in rows:
         if row.prompt is None:
             print(f"memhook: line {row.line} left out: {row.problem}", file=sys.stderr)
     prompts = [row.prompt for row in rows if row.prompt is not None]
-    images = sampling.images or 4
+    images = sampling.images or IMAGES
     pipeline = sampling.load()  # alive until its fingerprint is taken
 
     def traces() -> Iterator[Trace]:
-        runs = run_prompts(
-            pipeline,
-            prompts,
-            images_per_prompt=images,
-            steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            seed=sampling.seed,
-            evaluations=first,
-            batch_size=sampling.batch_size,
-        )
+        runs = sampling.run(pipeline, prompts, evaluations=first)
         for run in runs:
             yield from (run.trace.samples(slice(position * images, (position + 1) * images)) for position in range(len(run.prompts)))
 

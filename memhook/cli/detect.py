@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from memhook.trace import per_prompt
 
 if TYPE_CHECKING:
     from memhook.prompt_files import PromptRow
+    from memhook_diffusers.prompts import PromptRun
 
+IMAGES = 4  # a prompt, where neither the user nor a calibration says how many
 _WITHOUT_CALIBRATION = 10  # evaluations to score where no calibration says how many
 _TABLE = 100  # prompts; longer lists go to a file
 
@@ -60,6 +62,17 @@ class Sampling:
 
         return testbed.load_pipeline() if self.model is None else load_pipeline(self.model, dtype=self.dtype, device=self.device)
 
+    def run(
+        self, pipeline: Any, prompts: Sequence[str], *, start: int = 0, evaluations: int | None = None, previews: Sequence[int] = ()
+    ) -> Iterator[PromptRun]:
+        """Watch the prompts, batch by batch; ``start`` is the number of the first prompt, on which its seeds depend."""
+        from memhook_diffusers.prompts import run_prompts
+
+        return run_prompts(
+            pipeline, prompts, images_per_prompt=self.images or IMAGES, steps=self.steps, guidance_scale=self.guidance_scale,
+            seed=self.seed + 1000 * start, evaluations=evaluations, batch_size=self.batch_size, previews=previews,
+        )  # fmt: skip
+
     def generate(self, pipeline: Any, prompt: str, *, images: int) -> list[Any]:
         """Pictures of one prompt, each with a seed of its own: the same ones whenever it is called."""
         import torch
@@ -87,23 +100,13 @@ class Verdict:
 
 def verdicts(rows: Sequence[PromptRow], sampling: Sampling, known: Calibration | None, *, fpr: float) -> Iterator[Verdict]:
     """Run the prompts in batches and judge each."""
-    from memhook_diffusers.prompts import run_prompts
-
-    images = sampling.images or (int(known.setting.get("images_per_prompt", 4)) if known is not None else 4)
+    images = sampling.images or (int(known.setting.get("images_per_prompt", IMAGES)) if known is not None else IMAGES)
     first = known.first if known is not None else min(sampling.steps, _WITHOUT_CALIBRATION)
     if known is not None:
         known.threshold(fpr)  # too few prompts for this rate: told before anything runs
     usable = [row for row in rows if row.prompt is not None]
-    runs = run_prompts(
-        sampling.load(),
-        [row.prompt for row in usable if row.prompt is not None],
-        images_per_prompt=images,
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        seed=sampling.seed,
-        evaluations=first,
-        batch_size=sampling.batch_size,
-    )
+    prompts = [row.prompt for row in usable if row.prompt is not None]
+    runs = replace(sampling, images=images).run(sampling.load(), prompts, evaluations=first)
     waiting = iter(usable)
     for run in runs:
         for position, prompt in enumerate(run.prompts):

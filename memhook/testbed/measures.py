@@ -66,7 +66,11 @@ class Reader(nn.Module):
         self.subject = nn.Linear(192, len(SUBJECTS))
         self.color = nn.Linear(192, len(COLORS))
 
-    def forward(self, pictures: Tensor) -> Reading:
+    def describe(self, pictures: Tensor) -> Tensor:
+        """A descriptor of each picture, ``(n, 192)``: what the reader looks at to name subject and color."""
         features = self.features(pictures)
-        pooled = torch.cat([features.amax(dim=(2, 3)), features.mean(dim=(2, 3))], dim=1)  # (n, 192)
+        return torch.cat([features.amax(dim=(2, 3)), features.mean(dim=(2, 3))], dim=1)
+
+    def forward(self, pictures: Tensor) -> Reading:
+        pooled = self.describe(pictures)
         return Reading(self.subject(pooled), self.color(pooled))

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from memhook import testbed
-from memhook.bench.detection import MARKERS, DetectionRow, detection_rows, markdown, run_detection_bench
 from memhook.errors import MemhookError
-from memhook.evaluation import roc_auc, tpr_at_fpr
 from memhook.testbed import card, evidence, study
 from memhook.testbed.scenes import draw, random_scene
 
@@ -57,29 +55,6 @@ def test_the_contact_sheet_shows_training_pictures_beside_generations(known, fou
     assert sheet.size == (32 + 4 + 4 * 32 + 16 + 4 * 32, 4 * 32)
     left = np.asarray(sheet)[:32, :32]
     assert np.array_equal(left, np.asarray(known.prompts[0].image()))
-
-
-def test_the_benchmark_agrees_with_the_figures_taken_one_by_one(known):
-    rows = {(row.images, row.evaluations): row for row in detection_rows(known)}
-    scores = known.magnitudes[:, :10].mean(axis=1)
-    planted, clean = np.arange(8), np.arange(12, len(scores))  # the ladder, 8 to 11, is left out
-    assert rows[4, 10].auc == roc_auc(scores.mean(axis=1)[planted], scores.mean(axis=1)[clean])
-    assert rows[1, 10].tpr_at_1_percent_fpr == np.mean([tpr_at_fpr(scores[planted, n], scores[clean, n]) for n in range(4)])
-    assert set(rows) == {(1, 1), (1, 10), (1, 12), (4, 1), (4, 10), (4, 12)}
-
-
-def test_the_table_of_the_readme_names_its_columns():
-    text = markdown([DetectionRow(n, s, 0.9, 0.5) for n in (1, 4) for s in (1, 10, 50)], planted=96, clean=400)
-    assert "| 96 memorized, 400 clean prompts | first evaluation | first 10 | all 50 |" in text
-    assert "| 4 images a prompt | 0.900 / 0.500 |" in text
-
-
-def test_a_readme_without_markers_is_refused_before_anything_runs(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here")
-    with pytest.raises(MemhookError, match="does not hold the two lines"):
-        run_detection_bench(tmp_path, out=None, per_source=1, readme=readme)
-    assert MARKERS[0] in (testbed.model_path().parents[2] / "README.md").read_text()
 
 
 def test_a_study_goes_on_from_what_is_on_disk(tmp_path, monkeypatch):
