@@ -73,7 +73,12 @@ class KDiffusionAdapter:
                 f"the wrapper is a {type(wrapper).__name__}; expected a torch.nn.Module, whose calls hooks can see. Make one of it with "
                 "memhook_kdiffusion.wrap(function, denoiser=module, layout=...), and give that to the sampler"
             )
-        if denoiser is None and not hasattr(type(wrapper), "inner_model") and "inner_model" not in wrapper._modules and "inner_model" not in vars(wrapper):
+        if (
+            denoiser is None
+            and not hasattr(type(wrapper), "inner_model")
+            and "inner_model" not in wrapper._modules
+            and "inner_model" not in vars(wrapper)
+        ):
             raise MemhookError(f"{type(wrapper).__name__} has no .inner_model; say which module it calls, as denoiser=module")
         self._wrapper = weakref.ref(wrapper)
         self._denoiser = weakref.ref(denoiser) if denoiser is not None else None

@@ -78,12 +78,12 @@ def make_replay(calls: Sequence[Call], cond: Tensor, text: Text, combined: Combi
             continue
         if call.record is None or call.path is None or call.text is None:
             return None
-        rows = torch.tensor([row for _, _, row in places])
+        with torch.inference_mode(mode=False):  # an index is kept for the backward pass
+            rows = torch.tensor([row for _, _, row in places])
+            at = torch.tensor([(sample, part) for sample, part, _ in places])
         own = rows.to(call.denoised.device)
-        replay = Replay(
-            call.record, rows=rows, path=call.path, embedding=copy_of(call.text[own]), expected=copy_of(call.denoised[own]), read=read_output, checked=checked
-        )  # fmt: skip
-        pieces.append((replay, torch.tensor([(sample, part) for sample, part, _ in places])))
+        embedding, expected = copy_of(call.text[own]), copy_of(call.denoised[own])
+        pieces.append((Replay(call.record, rows=rows, path=call.path, embedding=embedding, expected=expected, read=read_output, checked=checked), at))
     return DenoiserReplay(pieces, tuple(text.rows.shape), combined.detached())
 
 
@@ -116,6 +116,8 @@ class DenoiserReplay:
         for replay, places in self._pieces:
             mine = [index for index, (sample, _) in enumerate(places.tolist()) if sample in numbers]
             if mine:
-                moved = torch.tensor([(numbers[sample], part) for sample, part in places[mine].tolist()])
-                pieces.append((replay.take(torch.tensor(mine)), moved))
+                with torch.inference_mode(mode=False):
+                    own = torch.tensor(mine)
+                    moved = torch.tensor([(numbers[sample], part) for sample, part in places[own].tolist()])
+                pieces.append((replay.take(own), moved))
         return DenoiserReplay(pieces, (len(samples), *self._shape[1:]), self._combined.take(samples))

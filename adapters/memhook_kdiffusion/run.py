@@ -153,9 +153,9 @@ class Run:
 
     def on_close(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Replaced | None:
         """The wrapper has returned."""
-        opened, self._opened = self._opened, None
-        if opened is None or not self._watcher.listening:
+        if not self._watcher.listening or self._opened is None:
             return None
+        opened, self._opened = self._opened, None
         if opened.substituted and self._substitution is not None:
             self._substitution.substituted.append(torch.stack(opened.substituted).any())
         if not opened.calls:
@@ -291,6 +291,7 @@ class Run:
             same_inputs=_same_inputs(opened.calls, pairing) if self._form.layout is not None else None,
             conditioning=_fingerprints(opened.calls, pairing),
             shape=tuple(denoised.shape[1:]),
+            roles="matched" if self._form.layout is None else None,
             scale=None if opened.scale is None else np.full(len(opened.x), opened.scale),
             settle=settle,
             continues=opened.continues,

@@ -31,9 +31,7 @@ class RowSubstitution:
         block: The declared order of rows, where a row's sample is told by its place; by the noisy sample where None.
     """
 
-    def __init__(
-        self, captured: Tensor, replacement: Tensor, path: Path | None, substituted: list[Tensor], *, block: Sequence[str] | None
-    ) -> None:
+    def __init__(self, captured: Tensor, replacement: Tensor, path: Path | None, substituted: list[Tensor], *, block: Sequence[str] | None) -> None:
         self._captured, self._replacement, self._path, self._block = captured, replacement, path, block
         self._moved = (captured != replacement).flatten(2).any(2)  # (b, k)
         self.substituted = substituted
