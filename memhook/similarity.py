@@ -7,6 +7,7 @@ Wen et al. 2024 (section 4.4) measure mitigation with both. At 32 x 32 pixels ne
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def _torchscript(path: Path, device: str) -> Callable[[Tensor], Tensor]:
 
 def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
     try:
-        import onnxruntime
+        onnxruntime = importlib.import_module("onnxruntime")  # optional, and no dependency of any extra
     except ImportError as error:
         raise MemhookError(
             f"reading {path} needs onnxruntime, which is not installed; run `pip install onnxruntime`, or name a TorchScript file"
