@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,33 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.errors import GuidanceLayoutError, MemhookError, NoGuidanceError
+from memhook.errors import MemhookError, NoGuidanceError
 from memhook.prediction import SPACES, Evaluation, Roles, Space, magnitude
+from memhook.rows import Row, number, own, read, settle
+from memhook.runs import run_starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-
-@dataclass
-class Row:
-    """One evaluation as the trace keeps it: ``b`` numbers, still on the device until somebody asks."""
-
-    magnitude: Tensor | None  # (b,); None: no unconditional prediction
-    timestep: Tensor | float | None = None
-    sigma: Tensor | float | None = None
-    same_inputs: Tensor | None = None  # (b,) bool: both predictions were made from the same noisy sample
-    conditioning: Tensor | None = None  # (2, b) int64 fingerprints of the conditional and the unconditional conditioning
-    shape: tuple[int, ...] | None = None  # of one prediction
-    space: Space | None = None  # where the host's stages predict in different ones
-    roles: Roles | None = None  # how it is known which prediction is conditional; None: as declared
-    scale: np.ndarray | None = None  # (b,) guidance scale as it acted
-    # Fills in what only reading the device can tell, once somebody asks; answers whether that was the last word.
-    settle: Callable[[Row], bool] | None = field(default=None, repr=False)
-    refuted: tuple[Tensor, str] | None = None  # () bool: the call was not what it was taken for; and the error to raise then
-    continues: bool = False  # known to belong to the run of the row before it, whatever its noise level
-    step: tuple[int, int] | None = None  # the sampler's step, and the evaluation's place in it
-    samples: int = 0
-    values: np.ndarray | None = field(default=None, repr=False)  # (b,) float32, once read
+__all__ = ["Row", "Trace", "per_prompt", "prompt_mean"]
 
 
 class Trace:
@@ -118,7 +100,7 @@ class Trace:
         if evaluation.roles == "declared":
             self._declared = "declared"
         row.samples = evaluation.pred_cond.shape[0]
-        row.timestep, row.sigma = _own(row.timestep), _own(row.sigma)
+        row.timestep, row.sigma = own(row.timestep), own(row.sigma)
         self._step = row.step = (self._step[0], self._step[1] + 1) if self._step is not None else None
         self._rows.append(row)
         if self._keep:
@@ -175,7 +157,7 @@ class Trace:
                 "than the one that entered the block. Run the sampler inside the block"
             )
         self._settle()
-        self._read()
+        read(self._rows)
         if all(row.magnitude is None for row in self._rows):
             remedy = "call the sampler with classifier-free guidance (a guidance scale above 1)"
             raise NoGuidanceError(self._why_missing or f"no evaluation had an unconditional prediction; {remedy}")
@@ -226,12 +208,12 @@ class Trace:
     @property
     def timesteps(self) -> np.ndarray:
         """``(s,)`` float64: the timestep of every evaluation (of its first sample), NaN where the host has none."""
-        return np.array([_number(row.timestep) for row in self._rows])
+        return np.array([number(row.timestep) for row in self._rows])
 
     @property
     def sigmas(self) -> np.ndarray:
         """``(s,)`` float64: the noise level of every evaluation, NaN where the host counts in timesteps."""
-        return np.array([_number(row.sigma) for row in self._rows])
+        return np.array([number(row.sigma) for row in self._rows])
 
     @property
     def steps(self) -> np.ndarray:
@@ -295,7 +277,7 @@ class Trace:
     def samples(self, rows: slice) -> Trace:
         """The trace of some of the samples, such as those of one prompt: ``trace.samples(slice(0, 4))``. Numbers only, no evaluations."""
         self._settle()
-        self._read()
+        read(self._rows)
         part = Trace(host=self.host, space=self.space, describe=self._describe)
         part._declared, part._why_missing = self._declared, self._why_missing
         for row in self._rows:
@@ -344,70 +326,11 @@ class Trace:
     # ---- private --------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Fill in what adapters left open so as not to wait for the device."""
-        for row in self._rows:
-            if row.settle is not None and row.settle(row):
-                row.settle = None
-
-    def _read(self) -> None:
-        """Fetch what is still on the device, in one transfer, and check it."""
-        refuted = [row.refuted for row in self._rows if row.refuted is not None]
-        for (_, message), wrong in zip(refuted, torch.stack([flag for flag, _ in refuted]).tolist() if refuted else (), strict=True):
-            if wrong:
-                raise GuidanceLayoutError(message)
-        fresh = [row for row in self._rows if row.magnitude is not None and row.values is None]
-        if not fresh:
-            return
-        stacked = torch.cat([row.magnitude for row in fresh if row.magnitude is not None]).to("cpu", torch.float32).numpy()
-        checks = [row.same_inputs for row in fresh if row.same_inputs is not None]
-        if checks and not bool(torch.cat(checks).all()):
-            raise GuidanceLayoutError(
-                "the two predictions of an evaluation were made from different noisy samples, so they are not a "
-                "conditional and an unconditional prediction of the same sample. Guidance may be off (scale 1), or the declared layout may be wrong"
-            )
-        position = 0
-        for row in fresh:
-            row.values = stacked[position : position + row.samples]
-            position += row.samples
+        settle(self._rows)
 
     def _starts(self) -> list[int]:
-        """Where runs of the sampler start: where the number of samples changes, or the noise level jumps back up."""
-        if not self._rows:
-            return []
         self._settle()
-        samples = [row.samples for row in self._rows]
-        levels = self.timesteps if np.isfinite(self.timesteps).all() else self.sigmas
-        noise = _falling(levels) if np.isfinite(levels).all() else None
-        starts = [0]
-        for index in range(1, len(samples)):
-            begin = starts[-1]
-            if self._rows[index].continues and samples[index] == samples[begin]:
-                continue
-            if samples[index] != samples[begin] or (noise is not None and _starts_again(noise[begin:index], noise[index])):
-                starts.append(index)
-        return starts
-
-
-def _falling(levels: np.ndarray) -> np.ndarray:
-    """Noise levels such that they fall in a run; the time of some flow models rises from 0 to 1."""
-    changes = np.sign(np.diff(levels))
-    rising = changes.sum() > 0 or (changes.sum() == 0 and len(changes) > 0 and changes[0] > 0)
-    return levels.max() - levels if rising else levels
-
-
-def _starts_again(run: np.ndarray, level: float) -> bool:
-    """Whether a noise level is the first of a new run, after those of a run so far.
-
-    Within a run levels repeat (Heun), all but the first, and rise a little (Heun with churn: by a factor of up to 1.42).
-    """
-    if level > 2 * run[-1]:
-        return True
-    return bool(level >= run[0] and (level > run[-1] or len(run) == 1))
-
-
-def _own(level: Tensor | float | None) -> Tensor | float | None:
-    """A noise level that the host's changes in place do not reach, of the first sample; without waiting for the device."""
-    return level.detach().reshape(-1)[:1].clone() if isinstance(level, Tensor) else level
+        return run_starts([row.samples for row in self._rows], self.timesteps, self.sigmas, continues=[row.continues for row in self._rows])
 
 
 def per_prompt(magnitudes: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -419,14 +342,6 @@ def prompt_mean(magnitudes: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Mean of ``(s, n)`` magnitudes over the evaluations that are present, ``(n,)``; a NaN among those stays a NaN."""
     mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean
-
-
-def _number(value: Tensor | float | None) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, Tensor):
-        return float(value.detach().reshape(-1)[0])
-    return float(value)
 
 
 def _number_by_first_appearance(keys: np.ndarray) -> np.ndarray:

@@ -1,0 +1,88 @@
+"""The rows of a trace: what is kept of an evaluation, on the device until somebody asks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memhook.errors import GuidanceLayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+    from memhook.prediction import Roles, Space
+
+
+@dataclass
+class Row:
+    """One evaluation as the trace keeps it: ``b`` numbers, still on the device until somebody asks."""
+
+    magnitude: Tensor | None  # (b,); None: no unconditional prediction
+    timestep: Tensor | float | None = None
+    sigma: Tensor | float | None = None
+    same_inputs: Tensor | None = None  # (b,) bool: both predictions were made from the same noisy sample
+    conditioning: Tensor | None = None  # (2, b) int64 fingerprints of the conditional and the unconditional conditioning
+    shape: tuple[int, ...] | None = None  # of one prediction
+    space: Space | None = None  # where the host's stages predict in different ones
+    roles: Roles | None = None  # how it is known which prediction is conditional; None: as declared
+    scale: np.ndarray | None = None  # (b,) guidance scale as it acted
+    # Fills in what only reading the device can tell, once somebody asks; answers whether that was the last word.
+    settle: Callable[[Row], bool] | None = field(default=None, repr=False)
+    refuted: tuple[Tensor, str] | None = None  # () bool: the call was not what it was taken for; and the error to raise then
+    continues: bool = False  # known to belong to the run of the row before it, whatever its noise level
+    step: tuple[int, int] | None = None  # the sampler's step, and the evaluation's place in it
+    samples: int = 0
+    values: np.ndarray | None = field(default=None, repr=False)  # (b,) float32, once read
+
+
+def settle(rows: Sequence[Row]) -> None:
+    """Fill in what adapters left open so as not to wait for the device."""
+    for row in rows:
+        if row.settle is not None and row.settle(row):
+            row.settle = None
+
+
+def read(rows: Sequence[Row]) -> None:
+    """Fetch what is still on the device, in one transfer, and check it.
+
+    Raises:
+        GuidanceLayoutError: A pair was made from different noisy samples, or a call was not what it was taken for.
+    """
+    refuted = [row.refuted for row in rows if row.refuted is not None]
+    for (_, message), wrong in zip(refuted, torch.stack([flag for flag, _ in refuted]).tolist() if refuted else (), strict=True):
+        if wrong:
+            raise GuidanceLayoutError(message)
+    fresh = [row for row in rows if row.magnitude is not None and row.values is None]
+    if not fresh:
+        return
+    stacked = torch.cat([row.magnitude for row in fresh if row.magnitude is not None]).to("cpu", torch.float32).numpy()
+    checks = [row.same_inputs for row in fresh if row.same_inputs is not None]
+    if checks and not bool(torch.cat(checks).all()):
+        raise GuidanceLayoutError(
+            "the two predictions of an evaluation were made from different noisy samples, so they are not a "
+            "conditional and an unconditional prediction of the same sample. Guidance may be off (scale 1), or the declared layout may be wrong"
+        )
+    position = 0
+    for row in fresh:
+        row.values = stacked[position : position + row.samples]
+        position += row.samples
+
+
+def own(level: Tensor | float | None) -> Tensor | float | None:
+    """A noise level that the host's changes in place do not reach, of the first sample; without waiting for the device."""
+    return level.detach().reshape(-1)[:1].clone() if isinstance(level, Tensor) else level
+
+
+def number(value: Tensor | float | None) -> float:
+    """A noise level as a number, NaN for None; waits for the device."""
+    if value is None:
+        return math.nan
+    if isinstance(value, Tensor):
+        return float(value.detach().reshape(-1)[0])
+    return float(value)
