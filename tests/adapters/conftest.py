@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-collect_ignore_glob = ["zoo/*", "table.py"]
+collect_ignore_glob = ["zoo/*", "comfy/*", "table.py"]

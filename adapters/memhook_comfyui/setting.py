@@ -1,0 +1,52 @@
+"""What a calibration must agree with."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memhook.fingerprint import fingerprint
+from memhook.tensors import tensors_in
+
+
+@torch.no_grad()
+def describe_model(patcher: Any) -> dict[str, Any]:
+    """The model by its own weights, whatever patches (LoRA) are in them now; and the patches, by name, strength and a sample of values."""
+    model = patcher.model
+    denoiser: nn.Module = model.diffusion_model
+    own = {key.removeprefix("diffusion_model."): getattr(held, "weight", held) for key, held in getattr(patcher, "backup", {}).items()}
+    found = {"model": fingerprint(_Named(denoiser, own)), "parameterization": _parameterization(model)}  # type: ignore[arg-type]
+    patches = getattr(patcher, "patches", {})
+    return {**found, "patches": _digest(patches)} if patches else found
+
+
+class _Named:
+    """The parameters of a module, some of them taken from elsewhere; all that `fingerprint` asks for."""
+
+    def __init__(self, module: nn.Module, instead: dict[str, Any]) -> None:
+        self._module, self._instead = module, instead
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        return [(name, self._instead.get(name, parameter)) for name, parameter in self._module.named_parameters()]
+
+
+def _parameterization(model: Any) -> str:
+    """What the network predicts, by ComfyUI's names, such as ``EPS``; the schedule behind it."""
+    kinds = [kind.__name__ for kind in type(getattr(model, "model_sampling", None)).__mro__]
+    return "+".join(kind for kind in kinds if kind not in ("ModelSampling", "Module", "object"))
+
+
+def _digest(patches: dict[str, Any]) -> str:
+    found = hashlib.sha256()
+    for key in sorted(patches, key=str):
+        for patch in patches[key]:
+            strengths = [f"{value:.4g}" for value in patch if isinstance(value, (int, float))]
+            weights = [getattr(value, "weights", value) for value in patch]
+            first = next((tensor for tensor in tensors_in(weights) if tensor.numel() and tensor.is_floating_point()), None)
+            sample = float(first.reshape(-1)[first.numel() // 3]) if first is not None and first.device.type != "meta" else math.nan
+            found.update(f"{key}:{strengths}:{sample:.3g};".encode())
+    return found.hexdigest()[:16]
