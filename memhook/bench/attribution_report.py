@@ -8,9 +8,9 @@ from typing import Any
 
 from memhook.bench.attribution import ChangeRow, HitRow, change_rows, hit_rows, rank_words, spread
 from memhook.bench.samples import open_studio
-from memhook.bench.written import write_rows
+from memhook.bench.written import Shown, read_page, write_page, write_rows
 from memhook.cli.progress import tracked
-from memhook.cli.tables import console, print_table
+from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
 from memhook.testbed import memorized
@@ -22,8 +22,12 @@ REPLACEMENT = (
 )
 
 
-def run_attribution_bench(*, work: Path, out: Path | None, prompts: int | None, images: int, scored: int, steps: int) -> None:
+def run_attribution_bench(
+    *, work: Path, out: Path | None, prompts: int | None, images: int, scored: int, steps: int, page: Path | None = None
+) -> None:
     """Score the planted prompts' words, exchange some, print what comes of it, and write it where asked."""
+    if page is not None:
+        read_page(page, "attribution")  # before the long run: a wrong file is told at once
     for name, value in (("images", images), ("scored", scored), ("steps", steps)):
         if value < 1:
             raise MemhookError(f"{name} is {value}; expected 1 or more")
@@ -38,7 +42,10 @@ def run_attribution_bench(*, work: Path, out: Path | None, prompts: int | None, 
         raise MemhookError("none of the prompts is a verbatim one, so there is nothing to exchange words in; take more prompts")
     changes, _ = change_rows(studio, verbatim, images=images, work=work, track=lambda arms: tracked(arms, total=len(arms), doing="exchanging words"))
     triggered = sum(ranking.planted.sum() == 2 for ranking in rankings)
-    _print(hits, changes, triggered=triggered, verbatim=len(verbatim), images=images, scored=scored, steps=steps)
+    shown = Shown()
+    _print(shown, hits, changes, triggered=triggered, verbatim=len(verbatim), images=images, scored=scored, steps=steps)
+    if page is not None:
+        write_page(page, "attribution", shown)
     if out is not None:
         about = {"prompts_with_trigger": int(triggered), "images_scored": scored, "steps": steps, "guidance_scale": GUIDANCE_SCALE}
         write_rows(out, "attribution-hits", hits, about)
@@ -48,13 +55,15 @@ def run_attribution_bench(*, work: Path, out: Path | None, prompts: int | None, 
         console.print(f"wrote attribution-hits, attribution-changes (.csv, .json) and attribution.png into {out}", soft_wrap=True)
 
 
-def _print(hits: Sequence[HitRow], changes: Sequence[ChangeRow], *, triggered: int, verbatim: int, images: int, scored: int, steps: int) -> None:
-    print_table(
+def _print(
+    shown: Shown, hits: Sequence[HitRow], changes: Sequence[ChangeRow], *, triggered: int, verbatim: int, images: int, scored: int, steps: int
+) -> None:
+    shown.table(
         f"Planted trigger words among the top k: {triggered} prompts with a phrase of two invented words, {scored} images each, share [95%]",
         [("words ranked by", ""), ("k", "right"), ("at least one", "right"), ("both", "right")],
         [(row.ranking, str(row.k), str(row.any), "-" if row.both is None else str(row.both)) for row in hits],
     )
-    print_table(
+    shown.table(
         f"Words exchanged in {verbatim} verbatim prompts, {images} images each, the same seeds, DDIM {steps} steps, mean [95%]",
         [
             ("exchanged", ""),
@@ -66,7 +75,7 @@ def _print(hits: Sequence[HitRow], changes: Sequence[ChangeRow], *, triggered: i
         ],
         [(row.changed, str(row.magnitude), str(row.similarity), str(row.drop), str(row.copies), f"{100 * row.subject:.0f}%") for row in changes],
     )
-    console.print(f"{REPLACEMENT} Intervals: bootstrap over families of prompts.")
+    shown.text(f"{REPLACEMENT} Intervals: bootstrap over families of prompts.")
 
 
 def draw(hits: Sequence[HitRow], changes: Sequence[ChangeRow]) -> Any:

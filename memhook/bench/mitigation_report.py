@@ -13,10 +13,10 @@ from memhook.bench.attribution import seeds_of, spread
 from memhook.bench.guarded import GuardedRow, guarded_rows
 from memhook.bench.mitigation import BASELINES, NONE, OPTIMIZED, REFERENCE, TARGETS, Descent, Outcome, Point, all_ways, points, run_ways
 from memhook.bench.samples import Sample, open_studio
-from memhook.bench.written import write_rows
+from memhook.bench.written import Shown, read_page, write_page, write_rows
 from memhook.calibration import Calibration
 from memhook.cli.progress import tracked
-from memhook.cli.tables import console, print_table
+from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
 from memhook.testbed import calibration_path, memorized
@@ -34,12 +34,24 @@ _SHOWN = ((NONE, 0.0), (OPTIMIZED, 1.0), (BASELINES[0], 4.0), (BASELINES[3], 1.0
 
 
 def run_mitigation_bench(
-    *, work: Path, out: Path | None, verbatim: int | None, templates: int | None, images: int, steps: int, descent: Descent, guarded: int
+    *,
+    work: Path,
+    out: Path | None,
+    verbatim: int | None,
+    templates: int | None,
+    images: int,
+    steps: int,
+    descent: Descent,
+    guarded: int,
+    page: Path | None = None,
 ) -> None:
     """Run (or go on running) every way on both kinds of prompts, print the points, and write them where asked."""
+    if page is not None:
+        read_page(page, "mitigation")  # before the long run: a wrong file is told at once
     for name, value in (("images", images), ("steps", steps)):
         if value < 1:
             raise MemhookError(f"{name} is {value}; expected 1 or more")
+    shown = Shown()
     studio = open_studio(steps=steps)
     clean = float(np.median(Calibration.load(calibration_path()).magnitudes[:, 0]))
     ways = all_ways(TARGETS)
@@ -57,22 +69,24 @@ def run_mitigation_bench(
             track=partial(tracked, total=len(ways), doing=f"ways, {kind} prompts"),
         )
         found[kind] = samples, outcomes, points(outcomes, samples)
-        _print(kind, found[kind][2], samples, steps)
-    console.print(
+        _print(shown, kind, found[kind][2], samples, steps)
+    shown.text(
         f"Targets are multiples of {clean:.3g}, the median magnitude of the calibration's clean prompts at the first evaluation, per sample; "
         f"{descent.optimizer}, learning rate {descent.lr:g}, at most {descent.max_steps} updates. Noise is in units of the embedding's "
         "root mean square. "
         "Gain: alignment of the optimized embedding at the same similarity minus the baseline's. Intervals: 95%, bootstrap over families."
     )
     for kind, (_, _, rows) in found.items():
-        console.print(verdict(kind, rows))
+        shown.text(verdict(kind, rows))
     checked = (
         guarded_rows(studio.pipeline, per_source=guarded, track=lambda items: tracked(items, total=len(items), doing="guarded batches"))
         if guarded
         else []
     )
     if checked:
-        _print_guarded(checked)
+        _print_guarded(shown, checked)
+    if page is not None:
+        write_page(page, "mitigation", shown)
     if out is not None:
         about = {"steps": steps, "images": images, "clean_median_magnitude": clean, "descent": vars(descent)}
         for kind, (samples, _, rows) in found.items():
@@ -86,9 +100,9 @@ def run_mitigation_bench(
         console.print(f"wrote tables (.csv, .json), mitigation.png and mitigation-pictures.png into {out}", soft_wrap=True)
 
 
-def _print(kind: str, rows: Sequence[Point], samples: Sequence[Sample], steps: int) -> None:
+def _print(shown: Shown, kind: str, rows: Sequence[Point], samples: Sequence[Sample], steps: int) -> None:
     prompts = len({sample.prompt.id for sample in samples})
-    print_table(
+    shown.table(
         f"Mitigation of {prompts} {kind} prompts, {len(samples)} pictures, the same seeds in every row, DDIM {steps} steps, mean [95%]",
         [
             ("way", ""),
@@ -128,8 +142,8 @@ def verdict(kind: str, rows: Sequence[Point]) -> str:
     )
 
 
-def _print_guarded(rows: Sequence[GuardedRow]) -> None:
-    print_table(
+def _print_guarded(shown: Shown, rows: Sequence[GuardedRow]) -> None:
+    shown.table(
         "Prompts under a mitigating guard, clean and memorized ones in one batch, four pictures each",
         [
             ("group", ""),

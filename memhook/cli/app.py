@@ -209,6 +209,9 @@ def bench_detection(
     run_detection_bench(sampling, options)
 
 
+Page = Annotated[Path | None, typer.Option(help="Replace the part between this benchmark's markers in this file.")]
+
+
 @bench_app.command("capture")
 def bench_capture(
     rounds: Annotated[int, typer.Option(help="Pairs of runs, without and with watching, per way and model.")] = 7,
@@ -216,22 +219,26 @@ def bench_capture(
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 10,
     large: Annotated[bool, typer.Option(help="Also a random UNet of 50 million parameters.")] = True,
     device: Device = "cpu",
+    page: Page = None,
 ) -> None:
     """What watching costs: time against not watching, bytes kept, and waits for the device, beside the naive way (about 3 minutes on 2 cores)."""
     from memhook.cli.bench import run_capture_bench
 
-    run_capture_bench(rounds=rounds, images=images, steps=steps, large=large, device=device)
+    run_capture_bench(rounds=rounds, images=images, steps=steps, large=large, device=device, page=page)
 
 
 @bench_app.command("gradients")
 def bench_gradients(
     updates: Annotated[int, typer.Option(help="Updates of an optimization.")] = 10,
     repeats: Annotated[int, typer.Option(help="Repetitions of each way; the median is shown.")] = 3,
+    samples: Annotated[int, typer.Option(help="Samples in a batch.")] = 4,
+    large: Annotated[bool, typer.Option(help="Also a random UNet of 50 million parameters.")] = True,
+    page: Page = None,
 ) -> None:
-    """What gradients cost on the bundled model: in forward passes, bytes and seconds, beside the naive way."""
+    """What gradients cost: in forward passes, bytes and seconds, beside the naive way (about 2 minutes on 2 cores)."""
     from memhook.cli.bench import run_gradients_bench
 
-    run_gradients_bench(updates=updates, repeats=repeats)
+    run_gradients_bench(updates=updates, repeats=repeats, samples=samples, large=large, page=page)
 
 
 BenchOut = Annotated[Path | None, typer.Option(help="Also write CSV, JSON and pictures into this folder.")]
@@ -247,11 +254,12 @@ def bench_attribution(
     images: Annotated[int, typer.Option(help="Pictures a prompt, where words are exchanged.")] = 1,
     scored: Annotated[int, typer.Option(help="Images a prompt that scores are averaged over.")] = 4,
     steps: Steps = 50,
+    page: Page = None,
 ) -> None:
     """How often planted trigger words score highest, and what exchanging the top words does to the copy (about 5 minutes on 2 cores)."""
     from memhook.bench.attribution_report import run_attribution_bench
 
-    run_attribution_bench(work=work, out=out, prompts=prompts, images=images, scored=scored, steps=steps)
+    run_attribution_bench(work=work, out=out, prompts=prompts, images=images, scored=scored, steps=steps, page=page)
 
 
 @bench_app.command("mitigation")
@@ -263,12 +271,15 @@ def bench_mitigation(
     images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     steps: Steps = 50,
     guarded: Annotated[int, typer.Option(help="Batches of four clean prompts and a memorized one that run under a guard; 0 for none.")] = 3,
+    page: Page = None,
 ) -> None:
     """Similarity to the training picture against alignment with the prompt, beside the baselines (about 10 minutes on 2 cores)."""
     from memhook.bench.mitigation import Descent
     from memhook.bench.mitigation_report import run_mitigation_bench
 
-    run_mitigation_bench(work=work, out=out, verbatim=verbatim, templates=templates, images=images, steps=steps, descent=Descent(), guarded=guarded)
+    run_mitigation_bench(
+        work=work, out=out, verbatim=verbatim, templates=templates, images=images, steps=steps, descent=Descent(), guarded=guarded, page=page
+    )
 
 
 @bench_app.command("training")

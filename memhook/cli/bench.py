@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from memhook.bench.capture import capture_rows, random_pipeline
-from memhook.bench.gradients import gradient_costs, ratios
-from memhook.cli.tables import console, print_table
+from memhook.bench.gradients import GOALS, gradient_costs, ratios
+from memhook.bench.written import Shown, read_page, write_page
+from memhook.cli.tables import console
+from memhook.errors import MemhookError
 
 
-def run_capture_bench(*, rounds: int, images: int, steps: int, large: bool, device: str) -> None:
+def run_capture_bench(*, rounds: int, images: int, steps: int, large: bool, device: str, page: Path | None = None) -> None:
     """Overhead of watching on the bundled model, and on a random UNet of 50 million parameters."""
     from memhook import testbed
 
+    if page is not None:
+        read_page(page, "capture")  # before the long run: a wrong file is told at once
     pipelines = [testbed.load_pipeline(), *([random_pipeline()] if large else [])]
     with console.status("running watched and unwatched, by turns"):
         rows = [row for pipeline in pipelines for row in capture_rows(pipeline.to(device), images=images, steps=steps, rounds=rounds)]
-    print_table(
+    shown = Shown()
+    shown.table(
         f"What watching costs ({rounds} pairs of runs of {steps} steps each)",
         [
             ("model", ""),
@@ -40,27 +47,40 @@ def run_capture_bench(*, rounds: int, images: int, steps: int, large: bool, devi
             for row in rows
         ],
     )
-    console.print("Bytes, reads into Python and CUDA synchronizations are per evaluation; reads and synchronizations beyond the unwatched run.")
+    shown.text("Bytes, reads into Python and CUDA synchronizations are per evaluation; reads and synchronizations beyond the unwatched run.")
+    if page is not None:
+        write_page(page, "capture", shown)
 
 
-def run_gradients_bench(*, updates: int, repeats: int) -> None:
-    """Cost of attribution and optimization on the bundled model's denoiser."""
+def run_gradients_bench(*, updates: int, repeats: int, samples: int, large: bool, page: Path | None = None) -> None:
+    """Cost of attribution and optimization on the bundled model's denoiser, and on a random UNet of 50 million parameters."""
     from memhook import testbed
 
+    if samples < 1:
+        raise MemhookError(f"samples is {samples}; expected 1 or more")
+    if page is not None:
+        read_page(page, "gradients")
     pipeline = testbed.load_pipeline()
-    generator = torch.Generator().manual_seed(0)
     embeddings = []
     for prompt in ("a fox on a green poster", ""):
         ids = pipeline.tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
-            embeddings.append(pipeline.text_encoder(ids).last_hidden_state.repeat(4, 1, 1))
-    sample = torch.randn(4, 4, 16, 16, generator=generator)
-    cond, uncond = embeddings
-    costs = gradient_costs(pipeline.unet, sample=sample, timestep=981, cond=cond, uncond=uncond, updates=updates, repeats=repeats)
-    print_table(
-        f"What gradients cost on the bundled model, 4 samples, {updates} updates",
-        [("way", ""), ("conditional forwards", "right"), ("saved activations", "right"), ("seconds", "right")],
-        [(row.way, f"{row.forwards:.2f}", f"{row.saved_bytes / 2**20:.1f} MiB", f"{row.seconds:.3f}") for row in costs],
-    )
-    for name, value in ratios(costs).items():
-        console.print(f"{name}: {value:.2f}", highlight=False)
+            embeddings.append(pipeline.text_encoder(ids).last_hidden_state.repeat(samples, 1, 1))
+    sample = torch.randn(samples, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    shown = Shown()
+    for denoiser in (pipeline.unet, *([random_pipeline().unet] if large else [])):
+        size = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
+        cond, uncond = embeddings
+        costs = gradient_costs(denoiser, sample=sample, timestep=981, cond=cond, uncond=uncond, updates=updates, repeats=repeats)
+        shown.table(
+            f"What gradients cost with {size:.0f} million parameters, {samples} samples, {updates} updates",
+            [("way", ""), ("conditional forwards", "right"), ("saved activations", "right"), ("seconds", "right")],
+            [(row.way, f"{row.forwards:.2f}", f"{row.saved_bytes / 2**20:.1f} MiB", f"{row.seconds:.3f}") for row in costs],
+        )
+        shown.table(
+            f"The figures with a goal, {size:.0f} million parameters",
+            [("figure", ""), ("measured", "right"), ("goal", "right")],
+            [(name, f"{value:.2f}", f"{GOALS[name]:.2f}") for name, value in ratios(costs).items()],
+        )
+    if page is not None:
+        write_page(page, "gradients", shown)
