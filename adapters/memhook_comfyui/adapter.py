@@ -32,12 +32,16 @@ class _Described:
     def __init__(self, patcher: Any) -> None:
         self._patcher = weakref.ref(patcher)
         self._latest: dict[str, str] = {}
+        self._model: dict[str, Any] | None = None
 
     def describe(self) -> Mapping[str, Any]:
-        patcher = self._patcher()
-        if patcher is None:
-            raise MemhookError("the model of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is loaded")
-        return {**describe_model(patcher), **self._latest}
+        """The setting. What it says of the model is kept once it was asked for: nodes ask before ComfyUI lets the model go."""
+        if self._model is None:
+            patcher = self._patcher()
+            if patcher is None:
+                raise MemhookError("the model of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is loaded")
+            self._model = describe_model(patcher)
+        return {**self._model, **self._latest}
 
     @contextlib.contextmanager
     def _watching(self, watcher: Watcher, guider: Any, sampler: Any) -> Iterator[None]:
