@@ -216,7 +216,12 @@ def test_what_was_dropped_is_counted_by_key_and_ranked():
 
 
 def test_many_drops_weigh_more_than_one():
-    rows = [KeyCount("once", 1, 1, 5.0, 1.2), KeyCount("often", 100, 60, 4.0, 1.1), KeyCount("never", 100, 0, 1.0, 0.2), KeyCount("new", 1, 0, 1.0, 0.3)]
+    rows = [
+        KeyCount("once", 1, 1, 5.0, 1.2),
+        KeyCount("often", 100, 60, 4.0, 1.1),
+        KeyCount("never", 100, 0, 1.0, 0.2),
+        KeyCount("new", 1, 0, 1.0, 0.3),
+    ]
     assert [row.key for row in ranked(rows)] == ["often", "once", "new", "never"]
     # scipy.stats.binomtest(60, 100).proportion_ci(method="wilson").low
     assert rows[1].suspicion == pytest.approx(0.502003, abs=1e-5)

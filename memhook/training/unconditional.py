@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from memhook.errors import MemhookError
 from memhook.pairs import find_embedding, find_sample, find_timestep, read_output
 from memhook.replay import Path, look_up, put, unrecorded
-from memhook.tensors import version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,7 @@ class UnconditionalPass:
 
     def __init__(self, null_embedding: NullTensor, *, path: Path | None, null_arguments: Mapping[Path, NullTensor | None]) -> None:
         self._null, self._path, self._others = null_embedding, path, null_arguments
-        self._moving: list[str] | None = None  # buffers that a forward pass changes; None until one was made
+        self._moving: list[str] | None = None  # the buffers that a forward pass changes; None until one was made
 
     def conditional_rows(self, call: LoopCall) -> Tensor:
         """``(b,)`` bool: the samples whose embedding is not the null embedding already (by conditioning dropout)."""
@@ -103,18 +102,24 @@ class UnconditionalPass:
 
     @contextlib.contextmanager
     def _buffers_kept(self, module: nn.Module) -> Iterator[None]:
-        """Leave buffers that a forward pass changes (running statistics, power iterations) as they were."""
-        buffers = dict(module.named_buffers())
-        names = list(buffers) if self._moving is None else self._moving
-        kept = {name: (version(buffers[name]), buffers[name].detach().clone()) for name in names if name in buffers}
+        """Let the pass change copies of the buffers that it changes: running statistics, power iterations."""
+        # Copies take their place; to set the values back would change what the loop's pass has saved for its backward pass.
+        found = {f"{prefix}.{name}": (part, name, own) for prefix, part in module.named_modules() for name, own in part._buffers.items()}
+        held = {key: place for key, place in found.items() if place[2] is not None and (self._moving is None or key in self._moving)}
+        for part, name, own in held.values():
+            part._buffers[name] = own.detach().clone() if own is not None else None
         try:
             yield
         finally:
-            moved = [name for name, (before, _) in kept.items() if version(buffers[name]) != before]
-            for name in moved:
-                buffers[name].copy_(kept[name][1])
-            if self._moving is None:
-                self._moving = moved
+            # By their values: batch normalization does not count its changes in the version (torch 2.13).
+            moved = [key for key, (part, name, own) in held.items() if own is not None and not _equal(part._buffers[name], own)]
+            self._moving = moved if self._moving is None else self._moving
+            for part, name, own in held.values():
+                part._buffers[name] = own
+
+
+def _equal(tensor: Tensor | None, other: Tensor) -> bool:
+    return tensor is not None and torch.equal(tensor, other)
 
 
 def timesteps_of(call: LoopCall) -> Tensor:
