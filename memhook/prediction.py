@@ -85,7 +85,8 @@ class Evaluation:
 
     def take(self, samples: Tensor) -> Evaluation:
         """The same evaluation for some of its samples, ``(k,)`` int64; a replay runs these alone where the host's can."""
-        samples = samples.cpu()  # an index on the CPU fits tensors on every device
+        with torch.inference_mode(mode=False):  # autograd keeps the index, which a host may have had made in that mode
+            samples = samples.cpu().clone()  # an index on the CPU fits tensors on every device
         replay, embedding = self.replay, self.embedding
         taken: Callable[[Tensor], Tensor] | None = None
         if replay is not None and hasattr(replay, "take"):
