@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +16,21 @@ from memhook.bench.resampling import Estimate, estimate, family_weights, weighte
 from memhook.bench.samples import BATCH, Judged, Pictures, Sample, Studio, fresh_caption, judge, kept
 from memhook.errors import MemhookError
 from memhook.optimization import Optimizer, optimize_embedding
+from memhook.prediction import magnitude
+from memhook.testbed.bundle import clean
 from memhook.testbed.measures import COPY_THRESHOLD
+
+if TYPE_CHECKING:
+    from memhook.testbed.plan import Source
 
 NONE, OPTIMIZED, REFERENCE = "no mitigation", "optimized embedding", "fresh caption (reference)"
 BASELINES = ("random tokens", "random numbers", "repeated words", "noise on the embedding")
 COUNTS = (1, 2, 4, 6, 8)  # the paper's, section 4.4
-SCALES = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the embedding's root mean square
+FEWER_COUNTS = (2, 4, 8)  # of numbers and repeated words, which the paper leaves out
+CLEAN_PROMPTS = 64  # whose median magnitude targets are multiples of
+SCALES = (1.0, 2.0, 4.0, 8.0)  # of the embedding's root mean square
 TARGETS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the clean prompts' median magnitude at the first evaluation
+_SOURCES: tuple[Source, ...] = ("once", "held-out", "foreign", "random")
 Verdict = Literal["better", "worse", "not told apart", "beyond the curve"]
 
 
@@ -48,7 +56,8 @@ def all_ways(targets: Sequence[float] = TARGETS) -> list[Way]:
     settings: Mapping[str, Sequence[float]] = {
         NONE: (0,),
         OPTIMIZED: sorted(targets, reverse=True),
-        **dict.fromkeys(BASELINES[:3], COUNTS),
+        BASELINES[0]: COUNTS,
+        **dict.fromkeys(BASELINES[1:3], FEWER_COUNTS),
         BASELINES[3]: SCALES,
         REFERENCE: (0,),
     }
@@ -90,6 +99,15 @@ class Point:
     cut_off: float
     gain: Estimate | None = None
     verdict: Verdict | None = field(default=None)
+
+
+def clean_median(studio: Studio) -> float:
+    """The median magnitude of clean prompts of the calibration split at the first evaluation, in the setting of this run."""
+    rows = [row for source in _SOURCES for row in clean(split="calibration", source=source)[: CLEAN_PROMPTS // len(_SOURCES)]]
+    embeddings, noise = studio.encode([row.prompt for row in rows]), studio.noise(range(len(rows)))
+    found = [studio.evaluations(embeddings[i : i + BATCH], noise[i : i + BATCH])[0] for i in range(0, len(rows), BATCH)]
+    magnitudes = [magnitude(first.pred_cond, first.pred_uncond) for first in found if first.pred_uncond is not None]
+    return float(torch.cat(magnitudes).median())
 
 
 def run_ways(

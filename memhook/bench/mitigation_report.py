@@ -11,15 +11,28 @@ import numpy as np
 
 from memhook.bench.attribution import seeds_of, spread
 from memhook.bench.guarded import GuardedRow, guarded_rows
-from memhook.bench.mitigation import BASELINES, NONE, OPTIMIZED, REFERENCE, TARGETS, Descent, Outcome, Point, all_ways, points, run_ways
+from memhook.bench.mitigation import (
+    BASELINES,
+    CLEAN_PROMPTS,
+    NONE,
+    OPTIMIZED,
+    REFERENCE,
+    TARGETS,
+    Descent,
+    Outcome,
+    Point,
+    all_ways,
+    clean_median,
+    points,
+    run_ways,
+)
 from memhook.bench.samples import Sample, open_studio
 from memhook.bench.written import Shown, read_page, write_page, write_rows
-from memhook.calibration import Calibration
 from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
-from memhook.testbed import calibration_path, memorized
+from memhook.testbed import memorized
 
 _LOOKS = {
     OPTIMIZED: ("o-", "#c1440e"),
@@ -30,7 +43,7 @@ _LOOKS = {
     NONE: ("k*", "black"),
     REFERENCE: ("kP", "#777777"),
 }
-_SHOWN = ((NONE, 0.0), (OPTIMIZED, 1.0), (BASELINES[0], 4.0), (BASELINES[3], 1.0))
+_SHOWN = ((NONE, 0.0), (OPTIMIZED, 1.0), (OPTIMIZED, 0.5), (BASELINES[0], 4.0), (BASELINES[0], 8.0), (BASELINES[3], 4.0))
 
 
 def run_mitigation_bench(
@@ -53,7 +66,7 @@ def run_mitigation_bench(
             raise MemhookError(f"{name} is {value}; expected 1 or more")
     shown = Shown()
     studio = open_studio(steps=steps)
-    clean = float(np.median(Calibration.load(calibration_path()).magnitudes[:, 0]))
+    clean = clean_median(studio)
     ways = all_ways(TARGETS)
     found: dict[str, tuple[list[Sample], list[Outcome], list[Point]]] = {}
     for kind, count in (("verbatim", verbatim), ("template", templates)):
@@ -71,7 +84,7 @@ def run_mitigation_bench(
         found[kind] = samples, outcomes, points(outcomes, samples)
         _print(shown, kind, found[kind][2], samples, steps)
     shown.text(
-        f"Targets are multiples of {clean:.3g}, the median magnitude of the calibration's clean prompts at the first evaluation, per sample; "
+        f"Targets are multiples of {clean:.3g}, the median magnitude of {CLEAN_PROMPTS} clean prompts at the first evaluation, per sample; "
         f"{descent.optimizer}, learning rate {descent.lr:g}, at most {descent.max_steps} updates. Noise is in units of the embedding's "
         "root mean square. "
         "Gain: alignment of the optimized embedding at the same similarity minus the baseline's. Intervals: 95%, bootstrap over families."

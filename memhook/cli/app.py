@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 testbed_app = typer.Typer(no_args_is_help=True, help="The bundled model that really memorizes.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measured results, printed by the run that measured them.")
+calibration_app = typer.Typer(no_args_is_help=True, help="Calibration files.")
+app.add_typer(calibration_app, name="calibration")
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
 
@@ -60,7 +62,19 @@ def detect(
         Path | None, typer.Option(help="Calibration file made in the same setting; the bundled one for the bundled model.")
     ] = None,
     fpr: Annotated[float, typer.Option(help="False-positive rate: the share of innocent prompts flagged.")] = 0.01,
-    out: Annotated[str | None, typer.Option(help="Write a JSON line per prompt to this file; - for standard output.")] = None,
+    fdr: Annotated[
+        float | None, typer.Option(help="Decide by a false discovery rate over all prompts instead: the share of innocent ones among those flagged.")
+    ] = None,
+    accept_mismatch: Annotated[
+        list[str] | None, typer.Option(help="A setting that may differ from the calibration's, such as guidance_scale; recorded with the result.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the verdicts to this file: .jsonl, .csv, .parquet, or .txt for the flagged prompts; - for JSON lines on standard output. "
+            "An interrupted run goes on from what it left beside the file."
+        ),
+    ] = None,
     fail_on_flag: Annotated[bool, typer.Option("--fail-on-flag", help="Exit with status 1 when a prompt is flagged.")] = False,
     images: Annotated[int | None, typer.Option(help="Images per prompt; the calibration's number by default, else 4.")] = None,
     steps: Steps = 50,
@@ -71,14 +85,16 @@ def detect(
     batch_size: BatchSize = 8,
 ) -> None:
     """Say for each prompt whether the model seems to have memorized a picture for it."""
-    from memhook.cli.detect import Sampling, run_detect
+    from memhook.cli.detect import Decision, run_detect
+    from memhook.cli.sampling import Sampling
     from memhook.prompt_files import PromptRow, read_prompts
 
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either --prompt (once or more) or --prompts FILE")
     rows = [PromptRow(number, text) for number, text in enumerate(prompt or [], 1)] if prompts is None else read_prompts(prompts)
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
-    raise typer.Exit(run_detect(rows, sampling, calibration=calibration, fpr=fpr, out=out, fail_on_flag=fail_on_flag))
+    decision = Decision(calibration, fpr, fdr, tuple(accept_mismatch or ()))
+    raise typer.Exit(run_detect(rows, sampling, decision, out=out, fail_on_flag=fail_on_flag))
 
 
 @app.command()
@@ -99,10 +115,18 @@ def calibrate(
 ) -> None:
     """Make a calibration file from prompts known not to be memorized (99 or more for a false-positive rate of 1%)."""
     from memhook.cli.calibrate import run_calibrate
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
     from memhook.prompt_files import read_prompts
 
     run_calibrate(read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out)
+
+
+@calibration_app.command("show")
+def calibration_show(file: Annotated[Path, typer.Argument(help="A calibration file.")]) -> None:
+    """Print what a calibration file holds: its prompts, the setting it is good for, and thresholds."""
+    from memhook.cli.calibrate import show_calibration
+
+    show_calibration(file)
 
 
 @app.command()
@@ -120,7 +144,7 @@ def attribute(
 ) -> None:
     """Score the words of a prompt by how strongly they drive the text-conditional prediction."""
     from memhook.cli.attribute import run_attribute
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
 
     run_attribute(prompt, Sampling(model, images, steps, guidance_scale, device, dtype, seed, 1), evaluations=evaluations, out=out)
 
@@ -143,8 +167,8 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Generate the same seeds without and with a guard, side by side."""
-    from memhook.cli.detect import Sampling
     from memhook.cli.generate import run_generate
+    from memhook.cli.sampling import Sampling
 
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, 1)
     status = run_generate(prompt, sampling, calibration=calibration, action=action.value, fpr=fpr, decide_after=decide_after, target=target, out=out)
@@ -202,7 +226,7 @@ def bench_detection(
 ) -> None:
     """The paper's Table 1: magnitude and density baselines on known prompts (bundled model: about 15 minutes on 2 cores)."""
     from memhook.bench.detection.report import Options, run_detection_bench
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
 
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
     options = Options(work, memorized, clean, per_source, descriptor, timed, out, readme)
@@ -253,7 +277,7 @@ def bench_attribution(
     prompts: Annotated[int | None, typer.Option(help="Planted prompts, evenly from the 96; all by default.")] = None,
     images: Annotated[int, typer.Option(help="Pictures a prompt, where words are exchanged.")] = 1,
     scored: Annotated[int, typer.Option(help="Images a prompt that scores are averaged over.")] = 4,
-    steps: Steps = 50,
+    steps: Steps = 25,
     page: Page = None,
 ) -> None:
     """How often planted trigger words score highest, and what exchanging the top words does to the copy (about 5 minutes on 2 cores)."""
@@ -269,7 +293,9 @@ def bench_mitigation(
     verbatim: Annotated[int | None, typer.Option(help="Verbatim prompts, evenly from the 72.")] = 24,
     templates: Annotated[int | None, typer.Option(help="Template prompts, evenly from the 24.")] = 12,
     images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
-    steps: Steps = 50,
+    steps: Steps = 25,
+    lr: Annotated[float, typer.Option(help="Learning rate of the optimization.")] = 0.05,
+    updates: Annotated[int, typer.Option(help="Updates of an embedding at most.")] = 10,
     guarded: Annotated[int, typer.Option(help="Batches of four clean prompts and a memorized one that run under a guard; 0 for none.")] = 3,
     page: Page = None,
 ) -> None:
@@ -278,7 +304,15 @@ def bench_mitigation(
     from memhook.bench.mitigation_report import run_mitigation_bench
 
     run_mitigation_bench(
-        work=work, out=out, verbatim=verbatim, templates=templates, images=images, steps=steps, descent=Descent(), guarded=guarded, page=page
+        work=work,
+        out=out,
+        verbatim=verbatim,
+        templates=templates,
+        images=images,
+        steps=steps,
+        descent=Descent(lr=lr, max_steps=updates),
+        guarded=guarded,
+        page=page,
     )
 
 
