@@ -327,7 +327,7 @@ def bench_training(
     planted: Annotated[int, typer.Option(help="New pairs that are shown again and again.")] = 4,
     tau: Annotated[list[float] | None, typer.Option(help="A threshold, in place of the three quantiles of clean pairs; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Pairs of steps that are timed.")] = 10,
-    page: Annotated[Path | None, typer.Option(help="Replace the table between the markers in this file.")] = None,
+    page: Page = None,
 ) -> None:
     """Fine-tune the bundled model with planted duplicates: no filter, the filter, random tokens (24 runs, about a minute each)."""
     from memhook.bench.training.recipe import Recipe

@@ -14,12 +14,12 @@ import numpy as np
 from memhook.bench.training.judging import Judgment
 from memhook.bench.training.recipe import Recipe, ways
 from memhook.bench.training.runs import Results, run_all
+from memhook.bench.written import Shown, read_page, write_page
 from memhook.cli.progress import tracked
-from memhook.cli.tables import console, print_table
+from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file, write_text
 
-MARKERS = ("<!-- bench training: begin -->", "<!-- bench training: end -->")
 _COLUMNS = (
     ("similarity", "similarity"), ("copies", "copies"), ("detection_auc", "detection AUC"), ("agreement", "agreement"), ("clean_loss", "clean loss"),
     ("dropped_planted", "planted dropped"), ("dropped_fresh", "fresh dropped"), ("dropped_auc", "AUC of the drops"),
@@ -73,13 +73,6 @@ def about(results: Results, seeds: int) -> str:
         f"every other step; forward and backward pass of the denoiser alone {cost.denoiser:.2f}; the extra pass {cost.forward:.2f} of the loop's "
         f"forward pass; peak memory {cost.peak:.2f}."
     )
-
-
-def markdown(results: Results, seeds: int) -> str:
-    """Table and sentence as they stand in ``docs/training.md``."""
-    head = ["way", *(title for _, title in _COLUMNS)]
-    rows = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *map(_cells, lines(results)))]
-    return "\n".join([*rows, "", about(results, seeds)]) + "\n"
 
 
 def write(out: Path, results: Results, seeds: int) -> None:
@@ -140,29 +133,19 @@ def run_training_bench(
     if seeds < 1 or rounds < 1:
         raise MemhookError(f"seeds is {seeds} and rounds is {rounds}; expected at least 1 each")
     if page is not None:
-        _parts(page)  # before the long run: a wrong file is told at once
+        read_page(page, "training")  # before the long run: a wrong file is told at once
     compared = ways(taus)
     results = run_all(
         work, recipe, compared, seeds=seeds, rounds=rounds, track=lambda steps, doing: tracked(steps, total=len(steps), doing=doing)
     )  # fmt: skip
-    print_table(
-        "Stopping memorization in training: a fine-tune of the bundled model", [("way", ""), *((title, "right") for _, title in _COLUMNS)],
-        [_cells(line) for line in lines(results)],
+    shown = Shown()
+    shown.table(
+        "A fine-tune of the bundled model", [("way", ""), *((title, "right") for _, title in _COLUMNS)], [_cells(line) for line in lines(results)]
     )  # fmt: skip
-    console.print(about(results, seeds), highlight=False)
+    shown.text(about(results, seeds))
     if out is not None:
         write(out, results, seeds)
         console.print(f"wrote training.csv, training.json, training-dropped.csv and training.svg to {out}", soft_wrap=True)
     if page is not None:
-        before, after = _parts(page)
-        write_text(page, f"{before}{MARKERS[0]}\n{markdown(results, seeds)}{MARKERS[1]}{after}")
+        write_page(page, "training", shown)
     return results
-
-
-def _parts(page: Path) -> tuple[str, str]:
-    """What stands before and after the table in a page."""
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise MemhookError(f"{page} does not hold the two lines {MARKERS[0]} and {MARKERS[1]}, once each; the table is written between them")
-    before, rest = text.split(MARKERS[0])
-    return before, rest.split(MARKERS[1])[1]
