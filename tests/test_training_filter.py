@@ -1,5 +1,6 @@
 """The training filter drops what it should, counts it, and changes nothing else in the loop."""
 
+import contextlib
 import copy
 import math
 
@@ -153,7 +154,7 @@ def table(t):
 
 @pytest.mark.parametrize("kind", ["table", "list", "function", "bins"])
 def test_the_threshold_may_depend_on_the_timestep(kind):
-    model, (sample, _, text, target) = Plain(), pairs(3.0, 3.0)  # magnitudes 6
+    model, (sample, _, text, _) = Plain(), pairs(3.0, 3.0)  # magnitudes 6
     t = torch.tensor([100, 700])
     kinds = {
         "table": table(700),
@@ -216,12 +217,8 @@ def test_what_was_dropped_is_counted_by_key_and_ranked():
 
 
 def test_many_drops_weigh_more_than_one():
-    rows = [
-        KeyCount("once", 1, 1, 5.0, 1.2),
-        KeyCount("often", 100, 60, 4.0, 1.1),
-        KeyCount("never", 100, 0, 1.0, 0.2),
-        KeyCount("new", 1, 0, 1.0, 0.3),
-    ]
+    counts = [("once", 1, 1, 5.0, 1.2), ("often", 100, 60, 4.0, 1.1), ("never", 100, 0, 1.0, 0.2), ("new", 1, 0, 1.0, 0.3)]
+    rows = [KeyCount(*count) for count in counts]
     assert [row.key for row in ranked(rows)] == ["often", "once", "new", "never"]
     # scipy.stats.binomtest(60, 100).proportion_ci(method="wilson").low
     assert rows[1].suspicion == pytest.approx(0.502003, abs=1e-5)
@@ -273,14 +270,12 @@ def test_a_filter_can_be_entered_for_every_step():
 @pytest.mark.parametrize("ending", ["normal", "exception"])
 def test_no_hook_is_left_behind(ending):
     model, (sample, t, text, target) = Plain(), pairs(3.0)
-    try:
-        with filtered(model, 4.0) as f:
-            loss = losses_of(model(sample, t, text), target)
-            if ending == "exception":
-                raise KeyboardInterrupt
-            f.mean(loss)
-    except KeyboardInterrupt:
-        pass
+    interruption = pytest.raises(KeyboardInterrupt) if ending == "exception" else contextlib.nullcontext()
+    with interruption, filtered(model, 4.0) as f:
+        loss = losses_of(model(sample, t, text), target)
+        if ending == "exception":
+            raise KeyboardInterrupt
+        f.mean(loss)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

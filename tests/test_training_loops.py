@@ -300,7 +300,7 @@ def test_a_frozen_denoiser_under_a_trained_embedding():
 def test_a_module_around_the_denoiser_is_seen_through():
     model, (sample, t, text, target) = Plain(), pairs(0.5, 3.0)
     wrapped = nn.Sequential()
-    wrapped.forward = lambda *args: model(*args)
+    wrapped.forward = model.__call__
     with memhook.training_filter(model, null_embedding=NULL, threshold=4.0) as f:
         f.mean(losses_of(wrapped(sample, t, text), target))
     assert f.report().dropped == 1

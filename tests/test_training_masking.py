@@ -37,7 +37,7 @@ def test_the_norm_does_not_overflow_in_half_precision(dtype):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_broken_prediction_is_neither_kept_nor_dropped(bad):
     cond, uncond = predictions(1.0, bad)
-    with pytest.raises(memhook.MemhookError, match="1 of 2 samples are NaN or infinite .the first is sample 1"):
+    with pytest.raises(memhook.MemhookError, match=r"1 of 2 samples are NaN or infinite \(the first is sample 1\)"):
         memhook.keep_mask(cond, uncond, threshold=2.0)
 
 
