@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _RETRIED = 3  # evaluations that an adaptive sampler makes before it can reject a step
 
+# Embeddings that watches of this thread or task put in the place of others: rows with one of them have the role of those that they stand for.
+_substitutions: ContextVar[tuple[RowSubstitution, ...]] = ContextVar("memhook_kdiffusion_substitutions", default=())
 _repeating: ContextVar[tuple[Run, Iterator[Tensor]] | None] = ContextVar("memhook_kdiffusion_repeating", default=None)
 
 
@@ -168,7 +170,8 @@ class Run:
             return None
         if answer.embedding is not None and text is not None:
             replacement = answer.embedding.reshape(text.rows.shape)
-            self._substitution = RowSubstitution(text.rows, replacement, opened.calls[0].path, answer.substituted, block=self._block())
+            self._substitution = RowSubstitution(text.rows, replacement, opened.calls[0].path, answer.substituted, block=self._form.layout)
+            _substitutions.set((*_substitutions.get(), self._substitution))
         if answer.pred_cond is None:
             return None
         again = self._again(wrapper, args, kwargs, opened, self._moved(opened, pairing, combined, answer))
@@ -177,6 +180,7 @@ class Run:
 
     def close(self) -> None:
         """The block has ended, however."""
+        _substitutions.set(tuple(other for other in _substitutions.get() if other is not self._substitution))
         self._opened = self._substitution = None
         self.hooks.close()
 
@@ -211,9 +215,6 @@ class Run:
             return find_embedding
         return find_by([part for parts in self._opened.cond for part in parts])
 
-    def _block(self) -> tuple[str, ...] | None:
-        return self._form.layout
-
     def _tries_again(self, x: Tensor) -> bool:
         """Whether an adaptive sampler goes back to the noisy sample of a step that it has rejected: the very same tensor, unchanged."""
         seen = any(reference() is x and changes == version(x) for reference, changes in self._seen)
@@ -241,7 +242,10 @@ class Run:
     def _pair(self, opened: _Opened) -> Pairing:
         layout, samples = self._form.layout, len(opened.x)
         if layout is None:
-            return match(opened.calls, opened.cond, opened.uncond, opened.x, opened.sigma)
+            cond = opened.cond
+            for substitution in _substitutions.get():
+                cond = substitution.known(cond)
+            return match(opened.calls, cond, opened.uncond, opened.x, opened.sigma)
         rows = sum(call.rows for call in opened.calls)
         device = opened.calls[0].denoised.device
         if rows == len(layout) * samples:

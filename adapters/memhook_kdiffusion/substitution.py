@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from memhook.replay import Path
+    from memhook_kdiffusion.conditioning import Part
 
 
 class RowSubstitution:
@@ -35,6 +37,15 @@ class RowSubstitution:
         self._captured, self._replacement, self._path, self._block = captured, replacement, path, block
         self._moved = (captured != replacement).flatten(2).any(2)  # (b, k)
         self.substituted = substituted
+
+    def known(self, cond: list[list[Part]]) -> list[list[Part]]:
+        """Each sample's prompts, which may come with the new embeddings as well."""
+        if len(cond) != len(self._replacement):
+            return cond
+        return [
+            [replace(part, candidates=(*part.candidates, *rows[number : number + 1])) for number, part in enumerate(parts)]
+            for parts, rows in zip(cond, self._replacement, strict=True)
+        ]
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, sigma: Tensor, start: int, flags: list[Tensor]
