@@ -37,7 +37,9 @@ class DemoModel:
         try:
             from diffusers import AutoencoderKL, UNet2DConditionModel
         except ImportError as error:
-            raise MemhookError("the demo model is in diffusers' format, and diffusers is not installed; install the extra `diffusers`") from error
+            raise MemhookError(
+                f"the demo model is in diffusers' format, and diffusers cannot be imported ({error}); install or update it (the extra `diffusers`)"
+            ) from error
         folder = testbed.model_path()
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
@@ -109,7 +111,9 @@ def _clip() -> Any:
         tokenizer = TokenizerOfOne
 
     clip = comfy("comfy.sd").CLIP(Target(), model_options={"dtype": torch.float32})
-    missing, _ = clip.load_sd(load_file(folder / "text_encoder" / "model.safetensors"))
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    # transformers 5 saves without the prefix that ComfyUI's encoder has.
+    missing, _ = clip.load_sd({name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in weights.items()})
     lost = [name for name in missing if "position_ids" not in name and "text_projection" not in name and "logit_scale" not in name]
     if lost:
         raise MemhookError(f"the demo's text encoder lacks {', '.join(lost[:3])}; install memhook again")
