@@ -88,8 +88,8 @@ class KDiffusionAdapter:
         if self._layout is None and (names.cond is None or names.uncond is None):
             missing = " and ".join(role for role, name in (("conditional", names.cond), ("unconditional", names.uncond)) if name is None)
             raise MemhookError(
-                f"{type(wrapper).__name__} takes ({', '.join(names.parameters)}), among which the {missing} conditioning was not found by its usual names; "
-                'name it, as KDiffusionAdapter(wrapper, cond="...", uncond="..."), or declare the order of rows, as layout="uncond_first"'
+                f"{type(wrapper).__name__} takes ({', '.join(names.parameters)}), among which the {missing} conditioning was not found by its "
+                'usual names; name it as KDiffusionAdapter(wrapper, cond="...", uncond="..."), or declare the order of rows, as layout="uncond_first"'
             )
         self._names = names
         self._path: Path | None = embedding if isinstance(embedding, tuple) or embedding is None else (embedding,)
@@ -188,7 +188,7 @@ def claim(target: object) -> KDiffusionAdapter | None:
         return KDiffusionAdapter(target, layout=layout)
     if hasattr(target, "get_scalings") and hasattr(target, "sigma_to_t"):
         raise NoAdapterError(
-            f"a {type(target).__name__} is a denoiser, which makes no guided prediction by itself; watch the CFG wrapper around it, which the sampler is "
-            "given, or make one of a function with memhook_kdiffusion.wrap"
+            f"a {type(target).__name__} is a denoiser, which makes no guided prediction by itself; watch the CFG wrapper around it, which "
+            "the sampler is given, or make one of a function with memhook_kdiffusion.wrap"
         )
     return None

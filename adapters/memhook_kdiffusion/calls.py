@@ -66,7 +66,8 @@ def row_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> dict
     """By path, the inputs beside the noisy sample and the noise level that have a row for each; the text's usual names first."""
     skipped = {0, 1} if len(args) > 1 else {0}
     found: dict[Path, Tensor] = {}
-    for key, value in [*((k, v) for k, v in enumerate(args) if k not in skipped), *kwargs.items()]:
+    numbered: list[tuple[int | str, Any]] = [(place, value) for place, value in enumerate(args) if place not in skipped]
+    for key, value in [*numbered, *kwargs.items()]:
         if key in (*_SAMPLES, "sigma", "t", "timestep"):
             continue
         found.update({path: tensor for path, tensor in _leaves((key,), value) if tensor.ndim and tensor.shape[0] == rows})

@@ -54,8 +54,8 @@ def wrap(function: Callable[..., Tensor], *, denoiser: nn.Module, layout: Order 
         raise MemhookError(f"the function is a {type(function).__name__}; expected what the sampler calls as function(x, sigma, ...)")
     if not isinstance(denoiser, nn.Module):
         raise MemhookError(
-            f"the denoiser is a {type(denoiser).__name__}; expected the torch.nn.Module that the function calls, since calls of anything else cannot be "
-            "seen. For a denoiser that is a function, let memhook_kdiffusion.guided do the guidance"
+            f"the denoiser is a {type(denoiser).__name__}; expected the torch.nn.Module that the function calls, since calls of anything else "
+            "cannot be seen. For a denoiser that is a function, let memhook_kdiffusion.guided do the guidance"
         )
     return Wrapped(function, denoiser, layout)
 
@@ -79,13 +79,14 @@ class Guided(nn.Module):
         self.inner_model = denoiser
         self.train(denoiser.training)
         self.memhook_signature = functools.partial(_guided, denoiser)
-        self._arguments = {"cond": cond, "uncond": uncond, "cond_scale": cond_scale}
+        self._cond, self._uncond, self._cond_scale = cond, uncond, cond_scale
 
     def memhook_arguments(self) -> dict[str, Any]:
-        return self._arguments
+        """What the wrapper is not given by its caller, by name."""
+        return {"cond": self._cond, "uncond": self._uncond, "cond_scale": self._cond_scale}
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return _guided(self.inner_model, x, sigma, **self._arguments)
+        return _guided(self.inner_model, x, sigma, cond=self._cond, uncond=self._uncond, cond_scale=self._cond_scale)
 
 
 def _guided(denoiser: nn.Module, x: Tensor, sigma: Tensor, *, cond: Tensor, uncond: Tensor, cond_scale: float) -> Tensor:

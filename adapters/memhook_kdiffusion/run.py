@@ -92,7 +92,7 @@ class _Doubts:
     def __getitem__(self, number: int) -> tuple[list[bool], list[bool]]:
         if self._waiting:
             sizes = [len(flags) for flags in self._waiting]
-            values = torch.cat(self._waiting).cpu().split(sizes)
+            values = torch.split(torch.cat(self._waiting).cpu(), sizes)
             self._read += [flags.tolist() for flags in values]
             self._waiting = []
         flags = self._read[number]
@@ -123,7 +123,8 @@ class Run:
         x, sigma = (named.get(name) for name in self._form.names.parameters[:2])
         if not isinstance(x, Tensor) or x.ndim < 2:
             raise GuidanceLayoutError(
-                f"{self._form.name} was called with a {type(x).__name__} first; expected the noisy samples (b, ...), as k-diffusion's samplers call it"
+                f"{self._form.name} was called with a {type(x).__name__} first; expected the noisy samples (b, ...), as k-diffusion's samplers "
+                "call it"
             )
         samples = len(x)
         sigma = torch.as_tensor(sigma, device=x.device).detach().reshape(-1)
@@ -202,8 +203,8 @@ class Run:
             if parts is None and (value is not None or role == "cond"):
                 seen = f"a {type(value).__name__}" + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
                 raise GuidanceLayoutError(
-                    f"the argument {name or role!r} of {self._form.name} is {seen} for {samples} samples; expected their conditioning: a tensor with a row "
-                    f"for each or one for all, a mapping that holds one, or the prompts of A1111. {_DECLARE}"
+                    f"the argument {name or role!r} of {self._form.name} is {seen} for {samples} samples; expected their conditioning: a tensor "
+                    f"with a row for each or one for all, a mapping that holds one, or the prompts of A1111. {_DECLARE}"
                 )
             found.append(parts or [])
         return found[0], [parts[0] for parts in found[1]]
@@ -225,8 +226,8 @@ class Run:
         now = self._form.denoiser(wrapper)
         if now is None or now is opened.denoiser:
             raise GuidanceLayoutError(
-                f"{self._form.name} ran without a call of its denoiser that hooks can see: it may call a plain method (apply_model, .forward) or another "
-                "module than its .inner_model. Say which module it calls, as KDiffusionAdapter(wrapper, denoiser=module)"
+                f"{self._form.name} ran without a call of its denoiser that hooks can see: it may call a plain method (apply_model, .forward) "
+                "or another module than its .inner_model. Say which module it calls, as KDiffusionAdapter(wrapper, denoiser=module)"
             )
         self._watcher.missing(f"{self._form.name} exchanged its denoiser within this call; the calls after it are seen")
         nothing = torch.full_like(opened.x, torch.nan, dtype=torch.promote_types(opened.x.dtype, torch.float32))
@@ -252,8 +253,8 @@ class Run:
             return in_order(layout, samples, device)
         if rows != samples:
             raise GuidanceLayoutError(
-                f"{self._form.name} called its denoiser on {rows} rows for {samples} samples, where the layout {layout} expects {len(layout) * samples}; "
-                "declare the order of rows in one evaluation, through all calls"
+                f"{self._form.name} called its denoiser on {rows} rows for {samples} samples, where the layout {layout} expects "
+                f"{len(layout) * samples}; declare the order of rows in one evaluation, through all calls"
             )
         lone = in_order(("cond", "uncond"), samples, device)
         return Pairing(lone.cond, lone.cond[:, 0], lone.weights, torch.zeros_like(lone.guided), lone.doubts)
@@ -272,9 +273,8 @@ class Run:
             pred_uncond = pred_uncond if any(guided) else None
             text = read_text(opened.calls, pairing.cond, pairing.weights)
             replay = make_replay(opened.calls, pairing.cond, text, combined, self._checked) if text is not None else None
-        evaluation = Evaluation(
-            pred_cond, pred_uncond, roles=self._roles, sigma=opened.sigma.clone(), embedding=text.embedding if text is not None else None, replay=replay
-        )  # fmt: skip
+        embedding = text.embedding if text is not None else None
+        evaluation = Evaluation(pred_cond, pred_uncond, roles=self._roles, sigma=opened.sigma.clone(), embedding=embedding, replay=replay)
         return evaluation, combined, text
 
     def _row(self, opened: _Opened, pairing: Pairing, combined: Combined) -> Row:
@@ -308,8 +308,8 @@ class Run:
             raise GuidanceLayoutError(f"the roles of {self._form.name}'s predictions are not clear: it called its denoiser on {reason}. {_DECLARE}")
         if not all(guided):
             self._watcher.missing(
-                f"{self._form.name} made no unconditional pass in this evaluation (guidance is off, or this host skips it at some noise levels); use a scale "
-                "above 1, and turn off what skips it (A1111: negative guidance minimum sigma, skip early CFG)"
+                f"{self._form.name} made no unconditional pass in this evaluation (guidance is off, or this host skips it at some noise levels); "
+                "use a scale above 1, and turn off what skips it (A1111: negative guidance minimum sigma, skip early CFG)"
             )
 
     def _moved(self, opened: _Opened, pairing: Pairing, combined: Combined, answer: Intervention) -> list[Tensor]:
@@ -320,7 +320,7 @@ class Run:
         moved = combined.moved(old, answer.pred_cond).to(denoised)
         present = pairing.weights.to(denoised.device).ne(0) & (answer.pred_cond != combined.pred_cond(old)).flatten(1).any(1)[:, None]  # (b, k)
         denoised[pairing.cond[present]] = moved[present]
-        return list(denoised.split([call.rows for call in opened.calls]))
+        return list(torch.split(denoised, [call.rows for call in opened.calls]))
 
     def _again(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: _Opened, outputs: Sequence[Tensor]) -> Any:
         """Let the wrapper combine other predictions, whatever its formula is; it counts as one call for what the wrapper counts."""

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 import warnings
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def derivative(model, x, sigma, extra):
 @torch.no_grad()
 def euler(model, x, sigmas, extra_args, callback=None):
     """Karras et al. 2022, Algorithm 1 without its correction."""
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (now, then) in enumerate(pairwise(sigmas)):
         slope, denoised = derivative(model, x, now, extra_args)
         report(callback, i, x, now, denoised)
         x = x + (then - now) * slope
@@ -34,7 +35,7 @@ def euler(model, x, sigmas, extra_args, callback=None):
 @torch.no_grad()
 def heun(model, x, sigmas, extra_args, callback=None):
     """Karras et al. 2022, Algorithm 1."""
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (now, then) in enumerate(pairwise(sigmas)):
         slope, denoised = derivative(model, x, now, extra_args)
         report(callback, i, x, now, denoised)
         ahead = x + (then - now) * slope
@@ -45,7 +46,7 @@ def heun(model, x, sigmas, extra_args, callback=None):
 @torch.no_grad()
 def dpm_2(model, x, sigmas, extra_args, callback=None):
     """Lu et al. 2022 (DPM-Solver), the second-order step: the slope at the geometric mean of both levels."""
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (now, then) in enumerate(pairwise(sigmas)):
         slope, denoised = derivative(model, x, now, extra_args)
         report(callback, i, x, now, denoised)
         if then > 0:
@@ -58,7 +59,7 @@ def dpm_2(model, x, sigmas, extra_args, callback=None):
 @torch.no_grad()
 def euler_ancestral(model, x, sigmas, extra_args, callback=None):
     """Song et al. 2021: step below the next level, and add noise up to it."""
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (now, then) in enumerate(pairwise(sigmas)):
         slope, denoised = derivative(model, x, now, extra_args)
         report(callback, i, x, now, denoised)
         up = (then**2 * (now**2 - then**2) / now**2).sqrt()
@@ -69,7 +70,7 @@ def euler_ancestral(model, x, sigmas, extra_args, callback=None):
 @torch.no_grad()
 def sde_2s(model, x, sigmas, extra_args, callback=None):
     """Lu et al. 2022 (DPM-Solver++), a stochastic second-order single step: noise goes in between both evaluations too."""
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (now, then) in enumerate(pairwise(sigmas)):
         _, denoised = derivative(model, x, now, extra_args)
         report(callback, i, x, now, denoised)
         if then > 0:
@@ -84,7 +85,7 @@ def sde_2s(model, x, sigmas, extra_args, callback=None):
 def multistep(model, x, sigmas, extra_args, callback=None):
     """Adams-Bashforth of second order with steps of unequal length."""
     before = None
-    for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (now, then) in enumerate(pairwise(sigmas)):
         slope, denoised = derivative(model, x, now, extra_args)
         report(callback, i, x, now, denoised)
         used = slope if before is None else slope + (then - now) / (2 * (now - sigmas[i - 1])) * (slope - before)

@@ -77,7 +77,7 @@ def test_every_kind_of_sampler_comes_out_as_with_the_new_embedding_all_along(nam
 def test_every_layout(kind, denoiser):
     """Also where the conditional prediction is with the wrapper already when the guard decides, and where the wrapper counts its calls."""
     network, extra = wild.Latent(), arguments(3)
-    run, loud, report, repaired = guarded(lambda: PLAIN[kind](denoiser(network)), OWN["heun"], extra, samples=3)
+    _, loud, report, repaired = guarded(lambda: PLAIN[kind](denoiser(network)), OWN["heun"], extra, samples=3)
     with seeded():
         expected = OWN["heun"](PLAIN[kind](denoiser(network)), noise(3), SIGMAS, replaced(extra, loud, report))
     assert torch.allclose(repaired, expected, rtol=1e-3, atol=1e-3)
@@ -97,7 +97,7 @@ def test_a1111(tokens, batched, mask):
         made.append(webui(network, batched=batched, mask=mask))
         return made[-1]
 
-    run, loud, report, repaired = guarded(make, OWN["heun"], extra)
+    _, loud, report, repaired = guarded(make, OWN["heun"], extra)
     assert made[-1].step == len(report.trace)
     better = report.optimized.embedding[0].reshape(3, wild.TOKENS, wild.WIDTH)
     of = list(of)
@@ -158,9 +158,9 @@ def test_the_guard_judges_by_a_calibration_and_stops():
     calibration = memhook.calibrate([trace_of(seed) for seed in range(20)], first=1)
     loud = {**extra, "cond": 4 * wild.conditioning(1)}
     finished = []
-    with wild.hooks_of(wrapper), pytest.raises(memhook.MemorizationDetectedError) as caught:
-        with memhook.guard(wrapper, calibration, fpr=0.05, action="stop"):
-            finished.append(OWN["euler"](wrapper, noise(1), SIGMAS, loud))
+    guard = memhook.guard(wrapper, calibration, fpr=0.05, action="stop")
+    with wild.hooks_of(wrapper), pytest.raises(memhook.MemorizationDetectedError) as caught, guard:
+        finished.append(OWN["euler"](wrapper, noise(1), SIGMAS, loud))
     assert not finished
     assert len(caught.value.trace) == 1
     quiet = {**extra, "cond": 0.01 * wild.conditioning(1) + extra["uncond"]}
@@ -168,9 +168,14 @@ def test_the_guard_judges_by_a_calibration_and_stops():
         result = OWN["euler"](wrapper, noise(1), SIGMAS, quiet)
     assert torch.equal(result, OWN["euler"](wrapper, noise(1), SIGMAS, quiet))
     assert report.flagged.tolist() == [False]
-    with pytest.raises(memhook.MemhookError, match="second run"), memhook.guard(wrapper, calibration, fpr=0.05):
-        for _ in range(2):
-            OWN["euler"](wrapper, noise(1), SIGMAS, quiet)
+
+    def twice():
+        with memhook.guard(wrapper, calibration, fpr=0.05):
+            for _ in range(2):
+                OWN["euler"](wrapper, noise(1), SIGMAS, quiet)
+
+    with pytest.raises(memhook.MemhookError, match="second run"):
+        twice()
 
 
 def test_two_guards_in_one_another_and_a_watch_around():
@@ -178,10 +183,10 @@ def test_two_guards_in_one_another_and_a_watch_around():
     wrapper, extra = wild.TwoCallsCondFirst(EpsDenoiser(wild.Latent())), arguments()
     with memhook.watch(wrapper) as plain:
         OWN["euler"](wrapper, noise(2), SIGMAS, extra)
-    target, loud = target_between(plain)
-    with memhook.watch(wrapper) as outer, memhook.mitigate(wrapper, target_magnitude=target, fixed_tokens=0, lr=0.1, max_steps=40) as report:
-        with memhook.watch(wrapper) as inner:
-            OWN["euler"](wrapper, noise(2), SIGMAS, extra)
+    target, _ = target_between(plain)
+    mitigation = memhook.mitigate(wrapper, target_magnitude=target, fixed_tokens=0, lr=0.1, max_steps=40)
+    with memhook.watch(wrapper) as outer, mitigation as report, memhook.watch(wrapper) as inner:
+        OWN["euler"](wrapper, noise(2), SIGMAS, extra)
     assert len(outer) == len(inner) == len(report.trace) == 4
     assert outer.magnitudes[0] == pytest.approx(plain.magnitudes[0], rel=1e-5)
     assert outer.magnitudes == pytest.approx(report.trace.magnitudes, rel=1e-5)
