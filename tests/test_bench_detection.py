@@ -15,7 +15,7 @@ from memhook.bench.detection.rows import detection_rows
 from memhook.bench.detection.sampled import Labeled, Sampled, densities, early_steps, group_sizes
 from memhook.bench.detection.timing import Seconds
 from memhook.cli.app import app
-from memhook.cli.detect import Sampling
+from memhook.cli.sampling import Sampling
 from memhook.errors import MemhookError
 from memhook.evaluation import roc_auc, tpr_at_fpr
 from memhook_diffusers.previews import clean_estimate, clean_estimates

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import random
+import sys
 import types
 import weakref
 
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 import memhook
 from memhook import MemhookError, MemorizationDetectedError, ModuleAdapter, NoAdapterError
 from memhook.testing import sample, tiny_unet
+
+LAYOUTS = ("uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first")
 
 
 class Interruption(BaseException):
@@ -146,6 +150,94 @@ def test_no_hook_is_left_whatever_nests_and_however_it_ends(steps):
     with watch(unet) as trace:  # and no watch believes that it is still inside
         sample(unet, steps=2)
     assert len(trace) == 2
+
+
+class Plain(torch.nn.Module):
+    """The cheapest of denoisers, for tests that make thousands of calls."""
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        return sample + encoder_hidden_states.mean()
+
+
+X, E = torch.zeros(2, 4), torch.zeros(2, 1, 1)
+
+
+def test_tables_are_identical_after_a_thousand_random_sequences():
+    """Watches and probes enter, nest, overlap, leave and raise in any order; other people's hooks come and go between them."""
+    denoiser, choose, calls, entered = Plain(), random.Random(0), 0, 0
+    denoiser.register_forward_hook(lambda *call: None)
+    start = tables(denoiser)
+
+    def call():
+        nonlocal calls
+        calls += 1
+        denoiser(X, 1.0, E)
+
+    def raising(_):
+        raise choose.choice(ENDS[1:])("in a hook")
+
+    for _ in range(1000):
+        before, blocks, others = tables(denoiser), [], []
+        with contextlib.suppress(*ENDS[1:]):
+            for _ in range(choose.randint(1, 8)):
+                action = choose.choice(("enter", "enter", "enter calls", "enter raising", "leave any", "call", "hook", "probe", "raise"))
+                if action.startswith("enter"):
+                    options = {"keep": "calls"} if action == "enter calls" else {"on_evaluation": raising} if action == "enter raising" else {}
+                    blocks.append(watch(denoiser, choose.choice(LAYOUTS), **options))
+                    blocks[-1].__enter__()
+                    entered += 1
+                elif action == "leave any" and blocks:
+                    blocks.pop(choose.randrange(len(blocks))).__exit__(None, None, None)
+                elif action == "hook":
+                    others.append(denoiser.register_forward_pre_hook(lambda *call: None))
+                elif action == "probe":
+                    memhook.probe(denoiser, call, adapter=ModuleAdapter(denoiser, layout="uncond_first"))
+                elif action == "call":
+                    call()
+                elif action == "raise":
+                    raise choose.choice(ENDS[1:])("planned")
+        error = sys.exc_info()
+        for block in choose.sample(blocks, len(blocks)):
+            with contextlib.suppress(*ENDS[1:]):
+                block.__exit__(*error)
+        for handle in others:
+            handle.remove()
+        assert tables(denoiser) == before == start
+    assert entered > 1000
+    assert calls > 300
+    with watch(denoiser) as trace:
+        call()
+    assert len(trace) == 1
+
+
+def test_ten_thousand_watches_leave_no_growth():
+    """Neither in the module's tables, nor in what the collector knows, nor in memory."""
+    denoiser = Plain()
+    adapters = {layout: ModuleAdapter(denoiser, layout=layout) for layout in LAYOUTS}
+
+    def cycles(count):
+        for number in range(count):
+            layout = LAYOUTS[number % len(LAYOUTS)]
+            options = {"keep": "calls"} if number % 3 == 0 else {}
+            with contextlib.suppress(Interruption), memhook.watch(denoiser, adapter=adapters[layout], **options):
+                if number % 5 == 0:
+                    denoiser(X, 1.0, E)
+                    denoiser(X, 1.0, E)
+                if number % 7 == 0:
+                    raise Interruption
+
+    def size():
+        gc.collect()
+        return len(gc.get_objects()), sys.getallocatedblocks()
+
+    before = tables(denoiser)
+    cycles(500)
+    objects, blocks = size()
+    cycles(10_000)
+    more_objects, more_blocks = size()
+    assert tables(denoiser) == before
+    assert more_objects - objects < 100
+    assert more_blocks - blocks < 1000
 
 
 def test_nested_watches_see_the_same(unet, layout):

@@ -31,11 +31,12 @@ def run(model, watched, layout, **options):
 
 @pytest.mark.parametrize("which", ["outer", "inner"])
 @pytest.mark.parametrize("warm", [False, True], ids=["compiled inside", "compiled before"])
-def test_a_compiled_model_gives_the_numbers_of_the_plain_one(layout, which, warm):
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
+def test_a_compiled_model_gives_the_numbers_of_the_plain_one(layout, which, warm, fullgraph):
     unet = tiny_unet()
     expected, plain = run(unet, unet, layout)
     counter = CompileCounter()
-    compiled = torch.compile(unet, backend=counter)
+    compiled = torch.compile(unet, backend=counter, fullgraph=fullgraph)
     if warm:
         sample(compiled, steps=2, layout=layout)
     watched = compiled if which == "outer" else unet
@@ -49,11 +50,12 @@ def test_a_compiled_model_gives_the_numbers_of_the_plain_one(layout, which, warm
     assert counter.frame_count == frames <= 2  # of eighteen guided evaluations and more
 
 
-def test_a_module_compiled_in_place():
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
+def test_a_module_compiled_in_place(fullgraph):
     unet = tiny_unet()
     expected, _ = run(unet, unet, "uncond_first")
     counter = CompileCounter()
-    unet.compile(backend=counter)
+    unet.compile(backend=counter, fullgraph=fullgraph)
     for _ in range(3):
         trace, _ = run(unet, unet, "uncond_first")
         np.testing.assert_array_equal(trace.magnitudes, expected.magnitudes)

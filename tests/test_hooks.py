@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -62,6 +62,7 @@ class Interruption(BaseException):
 KINDS = (ValueError, RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit, Interruption)
 
 
+@settings(max_examples=1000)
 @given(st.recursive(st.just("call"), lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(st.sampled_from(KINDS), inner))))
 def test_tables_are_as_before_however_blocks_nest_and_end(plan):
     """A plan is a call, a block around plans, or a plan after which an exception ends all blocks around it."""

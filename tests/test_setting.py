@@ -5,7 +5,7 @@ import torch
 
 import memhook
 from memhook import CalibrationError, CalibrationMismatchError, ModuleAdapter, calibrate, detect
-from memhook.setting import brief, difference, run_setting
+from memhook.setting import brief, differences, run_setting
 from memhook.testing import sample, tiny_unet
 
 UNETS = {seed: tiny_unet(seed=seed) for seed in (0, 1)}
@@ -105,18 +105,18 @@ def test_only_the_evaluations_of_the_score_are_compared():
 def test_sampler_and_guidance_scale_matter_after_the_first_evaluation_only():
     calibrated = {"sampler": "DDIM", "guidance_scale": 7.5}
     for seen in ({"sampler": "Euler", "guidance_scale": 7.5}, {"sampler": "DDIM", "guidance_scale": 3.0}):
-        assert difference(calibrated, seen, first=1) is None
-        assert "differs in" in difference(calibrated, seen, first=2)
-        assert "differs in" in difference(calibrated, seen, first=None)
+        assert differences(calibrated, seen, first=1) == {}
+        assert len(differences(calibrated, seen, first=2)) == 1
+        assert len(differences(calibrated, seen, first=None)) == 1
 
 
 def test_a_guidance_scale_that_was_read_off_is_compared_with_tolerance():
-    assert difference({"guidance_scale": 7.5}, {"guidance_scale": 7.51}, first=None) is None
-    assert "7.5, this run used 8.0" in difference({"guidance_scale": 7.5}, {"guidance_scale": 8.0}, first=None)
+    assert differences({"guidance_scale": 7.5}, {"guidance_scale": 7.51}, first=None) == {}
+    assert "7.5, this run used 8.0" in differences({"guidance_scale": 7.5}, {"guidance_scale": 8.0}, first=None)["guidance_scale"]
 
 
 def test_what_only_one_side_knows_is_not_compared():
-    assert difference({"sampler": "DDIM"}, {"host": "module"}, first=None) is None
+    assert differences({"sampler": "DDIM"}, {"host": "module"}, first=None) == {}
 
 
 def test_values_in_messages_are_short():
@@ -135,3 +135,32 @@ def test_a_bare_calibration_holds_for_every_setting():
 def test_unequal_numbers_of_images_cannot_be_compared():
     with pytest.raises(CalibrationError, match=r"\[1, 2\] samples; a score needs the same number for each"):
         detect(run(cond=words(0, 0, 1)), calibrate([run(seed=seed) for seed in range(5)]), fpr=0.5)
+
+
+def test_a_difference_can_be_accepted_by_name_and_the_verdict_says_so():
+    calibration = calibrate([run(seed=seed) for seed in range(9)])
+    other = run(guidance_scale=3.0)
+    with pytest.raises(CalibrationMismatchError, match=r"guidance_scale.*accept it: calibration.accepting\('guidance_scale'\)"):
+        detect(other, calibration, fpr=0.1)
+    found = detect(other, calibration.accepting("guidance_scale"), fpr=0.1)
+    assert found.p_values.tolist() == calibration.p_value(found.scores).tolist()
+    [message] = found.accepted_mismatches
+    assert "guidance_scale: the calibration was made with 7.5, this run used 3.0" in message
+    assert message in str(found)
+    assert detect(run(), calibration.accepting("guidance_scale"), fpr=0.1).accepted_mismatches == ()
+
+
+def test_accepting_one_difference_accepts_no_other():
+    calibration = calibrate([run(seed=seed) for seed in range(9)]).accepting("guidance_scale")
+    with pytest.raises(CalibrationMismatchError, match="differs in model"):
+        detect(run(model=1, guidance_scale=3.0), calibration, fpr=0.1)
+
+
+def test_only_what_is_in_the_setting_can_be_accepted(tmp_path):
+    calibration = calibrate([run(seed=seed) for seed in range(9)])
+    with pytest.raises(CalibrationError, match=r"no setting colour to accept.*knows guidance_scale, guided_evaluations"):
+        calibration.accepting("colour")
+    with pytest.raises(CalibrationError, match="bare scores"):
+        calibrate([1.0]).accepting("model")
+    calibration.accepting("model").save(tmp_path / "c.safetensors")
+    assert memhook.Calibration.load(tmp_path / "c.safetensors").accepted == ()

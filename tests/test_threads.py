@@ -1,6 +1,8 @@
 """Watches in several threads and tasks: each sees its own calls, and only those."""
 
 import asyncio
+import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +29,47 @@ def test_two_watches_on_one_module_see_only_their_own_calls(unet, layout):
         traces = [trace for trace, _ in pool.map(lambda seed: run(unet, seed, layout, ready=barrier), (1, 2))]
     for seed, trace in zip((1, 2), traces, strict=True):
         np.testing.assert_array_equal(trace.magnitudes, run(unet, seed, layout)[0].magnitudes)
+
+
+CALLS = 200  # a thread
+
+
+def two_hundred_calls(unet, seed, ready=None):
+    """Watched runs that make `CALLS` calls of the denoiser in all, of different lengths and layouts."""
+    choose, traces, made = random.Random(seed), [], 0
+    if ready is not None:
+        ready.wait(timeout=120)
+    while made < CALLS:
+        layout = choose.choice(("uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"))
+        each = 2 if layout.startswith("two_calls") else 1
+        steps = min(choose.randint(1, 30), max((CALLS - made) // each, 1))
+        samples, keep = choose.randint(1, 3), choose.choice(("scalars", "calls"))
+        with memhook.watch(unet, adapter=ModuleAdapter(unet, layout=layout), keep=keep) as trace:
+            output = sample(unet, steps=steps, samples=samples, seed=choose.randrange(10**6), layout=layout)
+        traces.append((trace.magnitudes, trace.groups, trace.timesteps, output.numpy()))
+        made += steps * each
+    return traces, made
+
+
+def test_thirty_two_threads_of_two_hundred_calls_equal_a_serial_run():
+    """Number for number, though the threads take turns every few microseconds and watches come and go under each other's calls."""
+    unet = tiny_unet()
+    barrier, patience = threading.Barrier(32), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            parallel = list(pool.map(lambda seed: two_hundred_calls(unet, seed, barrier), range(32)))
+    finally:
+        sys.setswitchinterval(patience)
+    assert not unet._forward_hooks
+    assert not unet._forward_hooks_with_kwargs
+    for seed, (found, made) in enumerate(parallel):
+        expected, _ = two_hundred_calls(unet, seed)
+        assert made >= CALLS
+        assert len(found) == len(expected)
+        for traces in zip(found, expected, strict=True):
+            for one, other in zip(*traces, strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("keep", ["scalars", "calls"])

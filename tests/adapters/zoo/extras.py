@@ -244,7 +244,7 @@ def _() -> Host:
     return Host(pipeline, lambda: pipeline("a red apple", generator=generator(), **arguments)[0])
 
 
-@family("StableVideoDiffusionPipeline, no text", "uc", replay=True)
+@family("StableVideoDiffusionPipeline, no text", "uc")
 def _() -> Host:
     unet = diffusers.UNetSpatioTemporalConditionModel(
         sample_size=8,

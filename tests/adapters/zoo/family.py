@@ -40,7 +40,7 @@ class Family:
             ``u`` unconditional, anything else (``p`` perturbed, ``n`` neither text nor image) is no part of the pair.
             Parentheses: the scheduler steps a doubled batch. A step without ``u`` has no magnitude.
         roles: What `Trace.roles` may say.
-        replay: Whether evaluations can be replayed.
+        replay: Whether evaluations can be replayed; else what `ReplayError` says.
         missing: What `NoGuidanceError` says, where no step has an unconditional prediction.
     """
 
@@ -48,7 +48,7 @@ class Family:
     build: Callable[[], Host]
     layout: tuple[str, ...]
     roles: tuple[str, ...] = ("fitted",)
-    replay: bool = True
+    replay: bool | str = True
     missing: str | None = None
 
 

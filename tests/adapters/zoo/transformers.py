@@ -165,7 +165,7 @@ def dit(**call: Any) -> Host:
     return Host(pipeline, lambda: pipeline([1, 2], generator=generator(), **arguments)[0], denoisers=("transformer",))
 
 
-@family("DiTPipeline, doubled batch", "(cu)", replay=False)
+@family("DiTPipeline, doubled batch", "(cu)", replay=r"nothing to replace.*class_labels \(4,\) int64")
 def _() -> Host:
     return dit()
 
@@ -239,7 +239,7 @@ def _() -> Host:
     return z_image(4, 4)
 
 
-@family("ZImagePipeline, embeddings of different length", "cu", replay=False)
+@family("ZImagePipeline, embeddings of different length", "cu", replay=r"different lengths in one call \(4, 6.*one prompt at a time")
 def _() -> Host:
     return z_image(4, 6)
 
