@@ -79,7 +79,8 @@ class CallRecord:
         else:
             kwargs = put(kwargs, path, embedding)
         enabled, dtype = self._autocast
-        with replayed(module), checkpointed(module, lambda: replayed(module)), torch.autocast(self._device_type, dtype=dtype, enabled=enabled):
+        autocast = torch.autocast(self._device_type, dtype=dtype, enabled=enabled)
+        with replayed(module), checkpointed(module, lambda: replayed(module)), autocast, _saved_as_used():
             return module(*args, **kwargs)
 
 
@@ -160,18 +161,27 @@ def replayed(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def _saved_as_used() -> contextlib.AbstractContextManager[Any]:
+    """What a call saves for its backward pass stays what the call used.
+
+    Layerwise casting and group offloading exchange a weight's data after its layer has run. Autograd saves the weight itself, and would
+    find the data in the dtype of its storage, or on another device; an alias of the data that was used is out of their reach.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+
+
 _freeze_lock = threading.Lock()
-_freezes: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Parameter]]] = weakref.WeakKeyDictionary()
+_freezes: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, nn.Parameter]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     """Parameters take no part in autograd inside the block: no ``.grad``, no saved activations for them."""
     with _freeze_lock:
-        count, parameters = _freezes.get(module, (0, []))
+        count, parameters = _freezes.get(module, (0, {}))
         if count == 0:
-            parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for parameter in parameters:
+            parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+            for parameter in parameters.values():
                 parameter.requires_grad = False
         _freezes[module] = (count + 1, parameters)
     try:
@@ -180,8 +190,10 @@ def _frozen(module: nn.Module) -> Iterator[None]:
         with _freeze_lock:
             count, parameters = _freezes[module]
             if count == 1:
-                for parameter in parameters:
+                current = dict(module.named_parameters())  # offloading may have put others in their place
+                for name, parameter in parameters.items():
                     parameter.requires_grad = True
+                    current.get(name, parameter).requires_grad = True
                 del _freezes[module]
             else:
                 _freezes[module] = (count - 1, parameters)
