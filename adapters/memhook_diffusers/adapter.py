@@ -40,6 +40,12 @@ class DiffusersAdapter:
                 f"{kind} has no component that looks like a denoiser (its modules: {seen}); load its components first, "
                 "or hook the denoiser with memhook.ModuleAdapter"
             )
+        parallel = next((name for name, part in parts.denoisers.items() if isinstance(part, nn.DataParallel)), None)
+        if parallel is not None:
+            raise NoAdapterError(
+                f"{kind}.{parallel} is a DataParallel module, which runs its replicas in other threads, where calls cannot be assigned to a watch; "
+                f"set pipeline.{parallel} = pipeline.{parallel}.module, and watch it on one device"
+            )
         if not parts.schedulers:
             raise NoAdapterError(f"{kind} has no scheduler, so its steps cannot be told apart; hook its denoiser with memhook.ModuleAdapter instead")
         self._pipeline = weakref.ref(pipeline)
@@ -56,18 +62,23 @@ class DiffusersAdapter:
         if pipeline is None:
             raise NoAdapterError("the pipeline was deleted before it was watched")
         parts, name = find_parts(pipeline), type(pipeline).__name__
-        denoisers = list(parts.denoisers.values())
-        run = Run(watcher, name=name, denoisers=denoisers, why_missing=functools.partial(why_missing, name), remedy=remedy(pipeline))
+        denoisers, schedulers = list(parts.denoisers.values()), list(parts.schedulers.values())
+        why = functools.partial(why_missing, name)
+        run = Run(watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline))
         with contextlib.closing(run.changes), contextlib.ExitStack() as stack:
-            for module in parts.denoisers.values():
-                stack.enter_context(hook_calls(module, run.on_call))
-            for scheduler in parts.schedulers.values():
-                stack.enter_context(listen_to(scheduler, "step", run.on_step))
-            for guider in parts.guiders.values():
-                stack.enter_context(listen_to(guider, "forward", run.on_guider))
-            del pipeline, parts, denoisers  # the block must not keep them alive
+            _listen(stack, parts, run)
+            del pipeline, parts, denoisers, schedulers  # the block must not keep them alive
             yield
             run.finish()
+
+
+def _listen(stack: contextlib.ExitStack, parts: Parts, run: Run) -> None:
+    for module in parts.denoisers.values():
+        stack.enter_context(hook_calls(module, run.on_call))
+    for scheduler in parts.schedulers.values():
+        stack.enter_context(listen_to(scheduler, "step", run.on_step))
+    for guider in parts.guiders.values():
+        stack.enter_context(listen_to(guider, "forward", run.on_guider))
 
 
 def _main(parts: Parts) -> nn.Module:

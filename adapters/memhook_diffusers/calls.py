@@ -33,6 +33,7 @@ class Call:
     record: CallRecord | None  # where replay was asked for
     source: Tensor  # the output tensor that the host has
     version: int | None  # of that tensor, to notice changes in place
+    clocks: tuple[Any, ...] = ()  # the schedulers' timesteps at the time, to notice calls of a run that broke off
 
     @property
     def changed(self) -> bool:
@@ -40,7 +41,9 @@ class Call:
         return self.record is None and version(self.source) != self.version
 
 
-def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, keep: bool) -> Call | None:
+def make_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, keep: bool, clocks: tuple[Any, ...] = ()
+) -> Call | None:
     """Note a call; None if its output cannot be a prediction. With ``keep``, tensors are copied, since hosts change theirs in place."""
     values = _first_tensor(output)
     if values is None:
@@ -48,7 +51,7 @@ def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     record = PipelineCall(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
     if record is not None:
         args, kwargs, output = record.args, record.kwargs, _with_copy(output)
-    return Call(module, args, kwargs, output, record, values, version(values))
+    return Call(module, args, kwargs, output, record, values, version(values), clocks)
 
 
 def _first_tensor(output: Any) -> Tensor | None:

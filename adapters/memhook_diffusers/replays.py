@@ -11,7 +11,7 @@ from memhook.errors import ReplayError
 from memhook.replay import CallRecord, Path, look_up
 from memhook.tensors import map_tensors
 from memhook.whole_batch import ReplayFunction, RowsOrWhole
-from memhook_diffusers.text import read_text, write_text
+from memhook_diffusers.text import leaves, read_text, write_text
 
 if TYPE_CHECKING:
     from memhook.pairs import Prediction
@@ -55,18 +55,24 @@ def make_replay(replay: ReplayFunction | None, cond: Prediction, name: str) -> R
     if cond.call is None:
         return replay
     if replay is None or cond.path is None:
-        found = ", ".join(_text_like(cond.call)) or "none"
-        return _refusal(
-            f"{name}'s text does not reach its denoiser as an embedding of one length for all samples, so it cannot be replaced. Run one prompt "
-            f"at a time if their lengths differ; floating-point inputs: {found}"
-        )
+        return _refusal(_why_not(cond.call, cond.path, name))
     call, path = cond.call, cond.path
     return RowsOrWhole(replay, cond, lambda: read_text(look_up(call.args, call.kwargs, path), slice(0, call.batch), call.batch))
 
 
-def _text_like(call: CallRecord) -> list[str]:
-    named = {**{str(index): value for index, value in enumerate(call.args)}, **call.kwargs}
-    return [f"{key} {tuple(value.shape)}" for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()]
+def _why_not(call: CallRecord, path: Path | None, name: str) -> str:
+    given = look_up(call.args, call.kwargs, path) if path is not None else None
+    if isinstance(given, (list, tuple)):
+        lengths = ", ".join(str(len(item)) for item in given)
+        return (
+            f"{name} gave its denoiser text embeddings of different lengths in one call ({lengths}), so there is no one tensor (b, l, d) to "
+            "replace; run one prompt at a time"
+        )
+    seen = [f"{'.'.join(map(str, place))} {tuple(tensor.shape)} {str(tensor.dtype)[6:]}" for place, tensor in leaves(call.args, call.kwargs)]
+    return (
+        f"none of what {name} gave its denoiser is a text embedding (b, l, d), so there is nothing to replace: it was given {', '.join(seen)}. "
+        "Numbers are right all the same; to attribute or optimize, use a pipeline whose denoiser takes the text"
+    )
 
 
 def _refusal(reason: str) -> ReplayFunction:

@@ -1,0 +1,144 @@
+"""The calls of one scheduler step, read as predictions in every way in which they can be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memhook.replay import look_up
+from memhook.tensors import row_hash
+from memhook_diffusers.calls import Call, Conditioning, cut, input_hashes, sample_hashes
+from memhook_diffusers.evidence import Observation, observe
+from memhook_diffusers.layout import Reading
+from memhook_diffusers.outputs import Reader, readers
+from memhook_diffusers.roles import Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memhook.pairs import Prediction
+
+MOST = 8  # predictions of a step that are looked at, the last ones (Attend-and-Excite makes dozens of calls before)
+
+Cut = list[tuple[Call, Reader, Tensor, list["Prediction"]]]
+"""One way to read the calls of a step: for each call how it was read, what was read, and the predictions in it."""
+
+
+def read_way(way: Cut, conditioning: Conditioning) -> Reading:
+    """The predictions of a step, with fingerprints of their texts."""
+    predictions = [prediction for *_, found in way for prediction in found]
+    text = None
+    if all(prediction.embedding is not None for prediction in predictions):
+        hashes = []
+        for number, (call, _, values, found) in enumerate(way):
+            path = found[0].path or ()
+            whole = embedding_of(call, path)
+            if not isinstance(whole, Tensor) or whole.shape[0] != values.shape[0]:
+                hashes += [row_hash(prediction.embedding) for prediction in found if prediction.embedding is not None]
+            else:
+                whole_hashes = conditioning.of(whole, (number, *path))
+                hashes += [whole_hashes[prediction.rows] for prediction in found]
+        text = torch.stack(hashes)
+    return Reading(predictions, text)
+
+
+def embedding_of(call: Call, path: tuple[int | str, ...]) -> Any:
+    """The text in a call's arguments, as the host gave it."""
+    return look_up(call.args, call.kwargs, path) if path else None
+
+
+def without_variance(model_output: Tensor, sample: Any) -> Tensor:
+    """What the scheduler is given, without the half that is a variance (DeepFloyd IF, Kandinsky 2)."""
+    if isinstance(sample, Tensor) and sample.ndim == model_output.ndim and sample.ndim > 2:
+        doubled = (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:])
+        if tuple(model_output.shape) == doubled:
+            return model_output[:, : sample.shape[1]]
+    return model_output
+
+
+def readings_of(calls: Sequence[Call], shape: tuple[int, ...]) -> list[Cut]:
+    """The calls that predicted, cut into predictions, in every way in which they can be read."""
+    found = [(call, options) for call in calls if (options := readers(call.output, shape))]
+    best = min((options[0].doubt for _, options in found), default=0)
+    predicting = {id(call.module) for call, options in found if options[0].doubt == best}  # not a text encoder of a like shape
+    found = [(call, options) for call, options in found if id(call.module) in predicting]
+    ways = []
+    for index in range(min((len(options) for _, options in found), default=0)):
+        way: Cut = []
+        for call, options in found:
+            values = options[index](call.output).detach()
+            way.append((call, options[index], values, cut(call, options[index], values)))
+        while len(way) > 1 and sum(len(predictions) for *_, predictions in way) > MOST:
+            way.pop(0)
+        ways.append(way)
+    return ways
+
+
+def halves_of(way: Cut) -> Cut | None:
+    """A lone prediction of an even batch as two of half the samples: DiT steps a doubled batch."""
+    call, reader, values, _ = way[0]
+    if values.shape[0] % 2:
+        return None
+    half = replace(reader, samples=values.shape[0] // 2)
+    return [(call, half, values, cut(call, half, values))]
+
+
+def equal_halves(model_output: Tensor, halves: Sequence[Prediction]) -> Tensor:
+    """``()`` bool on the device: the two halves of what the scheduler is given are one, and so are the noisy samples."""
+    equal = torch.stack([part.eq(other).all() for part, other in [model_output.chunk(2)]]).all()
+    first, second = (half.sample for half in halves)
+    if first is not None and second is not None and first.is_floating_point():
+        equal = equal & first.eq(second).all()
+    return equal
+
+
+def prior_of(way: Cut) -> tuple[int, int] | None:
+    """``(cond, uncond)`` by diffusers' habit: batched calls put the unconditional half first, separate calls make it second."""
+    if sum(len(predictions) for *_, predictions in way) != 2 or way[0][1].form == "unknown":
+        return None
+    return (1, 0) if len(way) == 1 else (0, 1)
+
+
+def matched(way: Cut, named: dict[str, Any]) -> Decision | None:
+    """The pair that a guider was given by name, if its tensors are the predictions themselves."""
+    sources = [call.source[prediction.rows] for call, _, _, found in way for prediction in found if call.source.ndim]
+
+    def find(name: str) -> int | None:
+        given = named.get(name)
+        if not isinstance(given, Tensor):
+            return None
+        return next((index for index, source in enumerate(sources) if source.data_ptr() == given.data_ptr() and source.shape == given.shape), None)
+
+    cond, uncond = find("pred_cond"), find("pred_uncond")
+    if cond is None:
+        return None
+    if uncond is None:
+        if named.get("pred_uncond") is not None:
+            return None
+        return Decision(reason="has a guider that was given no unconditional prediction")
+    return Decision(0, cond, uncond, "matched")
+
+
+def observe_way(way: Cut, reading: Reading, target: Tensor) -> Observation:
+    """What a step shows about its predictions, if they are read this way."""
+    inputs, modules = [], []
+    for call, _, values, found in way:
+        hashes = input_hashes(call, values.shape[0], alone=len(found) == 1)
+        inputs += [hashes[prediction.rows] for prediction in found]
+        modules += [id(call.module)] * len(found)
+    stacked = torch.stack(inputs)
+    samples, whole = (sample_hashes(reading.predictions, whole=flag) for flag in (False, True))
+    text = stacked if reading.text is None else reading.text
+    return observe(
+        reading.predictions,
+        target,
+        reader=way[0][1],
+        inputs=stacked,
+        text=text,
+        samples=samples,
+        whole_samples=whole,
+        modules=tuple(modules),
+    )
