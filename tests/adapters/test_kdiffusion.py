@@ -235,6 +235,21 @@ def test_a_denoiser_that_is_exchanged_on_the_way(network):
     agree(trace, truth.magnitudes(lambda n, i: None if n == 2 else ([(c[None], w) for c, w in of[i]], uncond[i][None])))
 
 
+@pytest.mark.parametrize("keep", ["scalars", "calls"])
+def test_passes_for_some_samples_only(network, keep):
+    """A host that guides a part of a batch: the other samples are missing, not zero."""
+
+    class Partial(wild.Batched):
+        def forward(self, x, sigma, uncond, cond, cond_scale):
+            c = self.inner_model(x, sigma, cond=cond)
+            u = self.inner_model(x[1:2], sigma[1:2], cond=uncond[1:2])
+            return torch.cat([c[:1], u + cond_scale * (c[1:2] - u), c[2:]])
+
+    extra = arguments(3)
+    trace, truth, _ = watched(Partial(EpsDenoiser(network)), network, extra=extra, samples=3, keep=keep)
+    agree(trace, truth.magnitudes(lambda n, i: plain_pair(extra)(n, i) if i == 1 else None))
+
+
 # ---- images, other calls, equal rows
 
 
