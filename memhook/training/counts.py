@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,9 @@ from memhook.files import write_text
 
 if TYPE_CHECKING:
     import os
+
+
+_PRIOR = 2  # presentations
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,6 @@ class KeyCount:
     def share(self) -> float:
         """The share of judged presentations that were dropped."""
         return self.dropped / self.judged if self.judged else 0.0
-
-    @property
-    def suspicion(self) -> float:
-        """The lower end of the 95% interval (Wilson 1927) of the share: a sample seen once says less than one seen a hundred times."""
-        n, z = self.judged, 1.96
-        if n == 0:
-            return 0.0
-        center, half = self.share + z * z / (2 * n), z * math.sqrt(self.share * (1 - self.share) / n + z * z / (4 * n * n))
-        return max(0.0, (center - half) / (1 + z * z / n))
 
 
 @dataclass(frozen=True)
@@ -92,11 +85,21 @@ class FilterReport:
 
 
 def ranked(rows: Iterable[KeyCount]) -> tuple[KeyCount, ...]:
-    """Rows of equal keys added up, most suspicious first; where that is equal, the larger excess."""
+    """Rows of equal keys added up, most suspicious first; where that is equal, the larger excess.
+
+    The order is that of the dropped share, drawn towards the share of all presentations as two further presentations would: a sample that
+    was seen once says less than one that was seen a hundred times, and to be seen often is not suspicious by itself.
+    """
     total: dict[Hashable, KeyCount] = {}
     for row in rows:
         total[row.key] = row if row.key not in total else _added(total[row.key], row)
-    return tuple(sorted(total.values(), key=lambda row: (-row.suspicion, -row.excess, str(row.key))))
+    judged = sum(row.judged for row in total.values())
+    usual = sum(row.dropped for row in total.values()) / judged if judged else 0.0
+
+    def suspicion(row: KeyCount) -> float:
+        return (row.dropped + _PRIOR * usual) / (row.judged + _PRIOR)
+
+    return tuple(sorted(total.values(), key=lambda row: (-suspicion(row), -row.excess, str(row.key))))
 
 
 def _added(first: KeyCount, second: KeyCount) -> KeyCount:

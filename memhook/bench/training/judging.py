@@ -40,6 +40,7 @@ class Judgment:
         dropped_planted: The same, of planted pairs.
         dropped_fresh: The same, of fresh pairs.
         dropped_auc: How well the order of the filter's report puts planted pairs before fresh ones.
+        excess_auc: How well the mean of magnitude / threshold does.
     """
 
     similarity: float
@@ -53,6 +54,7 @@ class Judgment:
     dropped_planted: float | None = None
     dropped_fresh: float | None = None
     dropped_auc: float | None = None
+    excess_auc: float | None = None
 
 
 @torch.no_grad()
@@ -121,4 +123,5 @@ def dropped_figures(report: FilterReport) -> dict[str, float]:
     figures = {"dropped": share([*planted, *fresh]), "dropped_planted": share(planted), "dropped_fresh": share(fresh)}
     if planted and fresh:
         figures["dropped_auc"] = roc_auc([places[row.key] for row in planted], [places[row.key] for row in fresh])
+        figures["excess_auc"] = roc_auc([row.excess for row in planted], [row.excess for row in fresh])
     return figures

@@ -20,10 +20,7 @@ from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file, write_text
 
-_COLUMNS = (
-    ("similarity", "similarity"), ("copies", "copies"), ("detection_auc", "detection AUC"), ("agreement", "agreement"), ("clean_loss", "clean loss"),
-    ("dropped_planted", "planted dropped"), ("dropped_fresh", "fresh dropped"), ("dropped_auc", "AUC of the drops"),
-)  # fmt: skip
+_COLUMNS = ("similarity", "copies", "detection AUC", "agreement", "clean loss", "dropped: planted / fresh", "AUC: order / excess")
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,20 @@ def _line(name: str, group: Sequence[Judgment]) -> Line:
 
 
 def _cells(line: Line) -> list[str]:
-    found = [line.way]
-    for key, _ in _COLUMNS:
-        mean, deviation = line.mean[key], line.deviation[key]
-        digits = 4 if key == "clean_loss" else 2
-        found.append("-" if mean is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}")
-    return found
+    def mean(key: str, digits: int = 2) -> str:
+        value = line.mean[key]
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    return [
+        line.way,
+        f"{mean('similarity')} ± {line.deviation['similarity']:.2f}",
+        mean("copies"),
+        mean("detection_auc"),
+        mean("agreement"),
+        f"{mean('clean_loss', 4)} ± {line.deviation['clean_loss']:.4f}",
+        f"{mean('dropped_planted')} / {mean('dropped_fresh')}" if line.mean["dropped"] is not None else "-",
+        f"{mean('dropped_auc')} / {mean('excess_auc')}" if line.mean["dropped"] is not None else "-",
+    ]
 
 
 def about(results: Results, seeds: int) -> str:
@@ -140,7 +145,7 @@ def run_training_bench(
     )  # fmt: skip
     shown = Shown()
     shown.table(
-        "A fine-tune of the bundled model", [("way", ""), *((title, "right") for _, title in _COLUMNS)], [_cells(line) for line in lines(results)]
+        "A fine-tune of the bundled model", [("way", ""), *((title, "right") for title in _COLUMNS)], [_cells(line) for line in lines(results)]
     )  # fmt: skip
     shown.text(about(results, seeds))
     if out is not None:
