@@ -13,6 +13,7 @@ from memhook.errors import MemhookError
 
 from .host import CATEGORY, comfy
 
+_HARMLESS = 240  # prompts at most: enough for one false alarm in a hundred
 _BETAS = {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}  # "scaled_linear" in diffusers
 
 
@@ -44,7 +45,8 @@ class DemoModel:
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
         known = testbed.memorized(kind="verbatim")[memorized].prompt if memorized >= 0 else testbed.clean(split="test")[0].prompt
-        harmless = "\n".join(row.prompt for row in testbed.clean(split="calibration"))
+        clean = testbed.clean(split="calibration")
+        harmless = "\n".join(row.prompt for row in clean[:: -(-len(clean) // _HARMLESS)])  # of every source
         return _model(unet, float(vae.config.scaling_factor)), _clip(), DemoVAE(vae), known, harmless
 
 
@@ -113,8 +115,14 @@ def _clip() -> Any:
     clip = comfy("comfy.sd").CLIP(Target(), model_options={"dtype": torch.float32})
     weights = load_file(folder / "text_encoder" / "model.safetensors")
     # transformers 5 saves without the prefix that ComfyUI's encoder has.
-    missing, _ = clip.load_sd({name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in weights.items()})
-    lost = [name for name in missing if "position_ids" not in name and "text_projection" not in name and "logit_scale" not in name]
+    named = {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in weights.items()}
+    # ComfyUI's table has CLIP's own length, whatever the vocabulary's (0.3.64); rows beyond it are never looked up.
+    table = named["text_model.embeddings.token_embedding.weight"]
+    whole = clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.shape[0]
+    named["text_model.embeddings.token_embedding.weight"] = nn.functional.pad(table, (0, 0, 0, whole - table.shape[0]))
+    named["text_projection.weight"] = torch.eye(table.shape[1])  # it has none, and the pooled output is not used
+    missing, _ = clip.load_sd(named)
+    lost = [name for name in missing if "position_ids" not in name]
     if lost:
         raise MemhookError(f"the demo's text encoder lacks {', '.join(lost[:3])}; install memhook again")
     return clip
