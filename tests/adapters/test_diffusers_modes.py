@@ -253,6 +253,24 @@ def test_a_run_that_breaks_off_before_its_step_does_not_reach_into_the_next(host
     assert trace.roles == "fitted"
 
 
+def test_nor_where_only_the_convention_tells():
+    """Equal prompts leave nothing to fit, and the leftover would make three predictions or more of two."""
+    host = FAMILIES["StableDiffusionPipeline"].build()
+    same = {"negative_prompt_embeds": images.text()["prompt_embeds"]}
+
+    def fail(*_):
+        raise ValueError("out of memory")
+
+    with memhook.watch(host.pipeline) as trace:
+        handle = host.pipeline.unet.register_forward_hook(fail)
+        with pytest.raises(ValueError, match="out of memory"):
+            host.run(**same)
+        handle.remove()
+        host.run(**same)
+    assert trace.has_guidance.all()
+    assert np.abs(trace.magnitudes).max() < 1e-4
+
+
 def test_two_runs_in_one_block(host):
     singles = []
     for scale in (3.0, 9.0):
