@@ -52,7 +52,8 @@ def why_missing(guider: Any, names: Names, options: dict[str, Any]) -> str:
         return f"{kind} has no negative prompt, so nothing is guided; use KSampler or CFGGuider with a cfg above 1"
     if options.get("context_handler") is not None:
         return "the model runs in context windows, whose pieces cannot be told apart; leave the context windows out"
-    scales = {name: getattr(guider, name) for name in ("cfg", "cfg1", "cfg2") if isinstance(getattr(guider, name, None), (int, float))}
+    known = ("cfg1", "cfg2") if hasattr(guider, "cfg2") else ("cfg",)  # DualCFGGuider inherits a cfg, and does not use it
+    scales = {name: getattr(guider, name) for name in known if isinstance(getattr(guider, name, None), (int, float))}
     if any(abs(scale - 1.0) < 1e-9 for scale in scales.values()):
         seen = " and ".join(f"{name} is {scale:g}" for name, scale in scales.items())
         return f"{seen}, so ComfyUI skips the {names.uncond.replace('_', ' ')} prompt; use a cfg above 1"

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_what_is_no_model_is_not_claimed():
     import memhook_comfyui
 
     class ModelPatcher:
-        model_options = {}
+        model_options: ClassVar = {}
         model = torch.nn.Linear(1, 1)  # a text encoder's or a VAE's patcher
 
     assert memhook_comfyui.memhook_adapt(ModelPatcher()) is None

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_prevent_workflow(server):
     assert torch.equal(
         original[0][0], StandInModel().load()[1].encode_from_tokens_scheduled(server.outputs["1"][1].tokenize("a lighthouse at dusk"))[0][0]
     )
-    plain, _ = server.execute(workflow("memhook_detect")), None
+    server.execute(workflow("memhook_detect"))
     before = server.outputs["10"][2]
     server.execute(graph)
     assert server.outputs["16"][2] < before
@@ -281,7 +282,7 @@ def test_tokens_of_long_prompts_and_several_encoders(pack):
 
     class Words:
         start_token, end_token, pad_token = 0, 1, 1
-        inv_vocab = {0: "<s>", 1: "</s>", 2: "snow", 3: "fall</w>", 4: "in</w>"}
+        inv_vocab: ClassVar = {0: "<s>", 1: "</s>", 2: "snow", 3: "fall</w>", 4: "in</w>"}
 
     class Clip:
         class tokenizer:  # noqa: N801 -- ComfyUI's name

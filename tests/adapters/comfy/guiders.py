@@ -5,7 +5,7 @@ import torch
 from tests.adapters.comfy.calc import calc_cond_batch, cfg_function, sampling_function
 from tests.adapters.comfy.model import merged_tables
 from tests.adapters.comfy.patching import merged, run_wrapped, wrappers_of
-from tests.adapters.comfy.prompts import converted, processed
+from tests.adapters.comfy.prompts import converted, opposed, processed
 
 
 class CFGGuider:
@@ -34,7 +34,7 @@ class CFGGuider:
         self.inner_model = self.model_patcher.model
         try:
             self.model_patcher.pre_run()
-            self.conds = {name: processed(conds) for name, conds in self.conds.items()}
+            self.conds = opposed({name: processed(conds) for name, conds in self.conds.items()})
             options = merged(self.model_options)
             samples = sampler.sample(
                 self, sigmas, {"model_options": options, "seed": seed}, callback, noise, latent_image, denoise_mask, disable_pbar

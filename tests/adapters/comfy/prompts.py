@@ -58,3 +58,15 @@ def processed(conds):
             given["concat"] = Repeated(entry["concat_latent_image"])
         found.append({**copy.copy(entry), "model_conds": given})
     return found
+
+
+def opposed(lists):
+    """An entry with an area gets a counterpart in every other list: the same area and options, with what that list says of the whole picture."""
+    found = {name: list(conds) for name, conds in lists.items()}
+    for name, conds in lists.items():
+        for entry in (entry for entry in conds if "area" in entry):
+            for other, own in found.items():
+                whole = next((mine for mine in own if "area" not in mine), None)
+                if other != name and whole is not None and all(mine.get("area") != entry["area"] for mine in own):
+                    own.append({**entry, "model_conds": whole["model_conds"]})
+    return found

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import ClassVar
 
 import torch
 
@@ -77,7 +78,7 @@ class Tokenizer:
 
     class clip_l:  # noqa: N801 -- ComfyUI's name
         start_token, end_token, pad_token = 0, 1, 1
-        inv_vocab = {0: "<|startoftext|>", 1: "<|endoftext|>", **{index + 2: f"{word}</w>" for index, word in enumerate(WORDS)}}
+        inv_vocab: ClassVar = {0: "<|startoftext|>", 1: "<|endoftext|>", **{index + 2: f"{word}</w>" for index, word in enumerate(WORDS)}}
 
 
 class CLIP:
