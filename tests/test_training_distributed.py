@@ -27,6 +27,8 @@ found = {}
 for given in ("wrapper", "inner"):
     model = Plain()
     ddp = DDP(model)
+    through = []
+    ddp.register_forward_hook(lambda *_: through.append(1))
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     gradients = []
     with memhook.training_filter(ddp if given == "wrapper" else model, null_embedding=NULL, threshold=4.0) as f:
@@ -39,8 +41,8 @@ for given in ("wrapper", "inner"):
     reports = [None, None]
     dist.all_gather_object(reports, f.report())
     report = reports[0].merged(reports[1])
-    found[given] = {"gradients": gradients, "weight": float(model.weight), "calls": len(model.calls), "own": f.report().dropped,
-                    "dropped": report.dropped, "wholly": report.wholly_dropped, "rows": len(report.rows)}
+    found[given] = {"gradients": gradients, "weight": float(model.weight), "calls": len(model.calls), "through": len(through),
+                    "own": f.report().dropped, "dropped": report.dropped, "wholly": report.wholly_dropped, "rows": len(report.rows)}
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 dist.destroy_process_group()
@@ -74,6 +76,7 @@ def test_ranks_agree_though_one_of_them_drops_its_whole_batch(ranks, given):
     assert first["gradients"][2] == 0  # both dropped all they had
     assert (first["own"], second["own"], first["dropped"], first["wholly"], first["rows"]) == (5, 3, 8, 3, 12)
     assert first["calls"] == second["calls"] == 6
+    assert first["through"] == second["through"] == 3  # the extra passes stay out of DDP's bookkeeping
 
 
 def expected_gradients():

@@ -1,5 +1,6 @@
 """The filter in loops as people write them: precision, accumulation, checkpointing, weights, adapters, averages, compilation."""
 
+import contextlib
 import copy
 
 import pytest
@@ -138,6 +139,27 @@ def test_autocast_gives_the_gradients_of_the_loop_without_the_filter(dtype, insi
         found = run(unet, f)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all(gradient.abs().sum() > 0 for gradient in found)
+
+
+def test_weights_cast_by_the_pass_are_not_handed_to_the_next_call():
+    """The mean stands in an autocast block of its own, before the next call: the pass is the first to cast the weights there."""
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 6, generator=generator)
+    found = []
+    for threshold in (None, 1e9):
+        unet = tiny_unet()
+        filtered = memhook.training_filter(unet, null_embedding=NOTHING, threshold=1e9)
+        with filtered as f:
+            mean = torch.mean if threshold is None else f.mean
+            with f.paused() if threshold is None else contextlib.nullcontext():
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    losses = unet(sample, 5, text).float().square().mean((1, 2, 3))
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    total = mean(losses)
+                    total = total + mean(unet(sample, 700, text).float().square().mean((1, 2, 3)))
+            total.backward()
+        found.append(gradients(unet))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_the_pass_has_the_precision_of_the_loop():
