@@ -322,7 +322,7 @@ def bench_training(
     work: Annotated[Path, typer.Option(help="Folder that keeps every finished run; an interrupted benchmark goes on from it.")] = Path(
         "memhook-training"
     ),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each fine-tune.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each fine-tune.")] = 90,
     seeds: Annotated[int, typer.Option(help="Fine-tunes of each way, each with pairs of its own.")] = 3,
     planted: Annotated[int, typer.Option(help="New pairs that are shown again and again.")] = 4,
     tau: Annotated[list[float] | None, typer.Option(help="A threshold, in place of the three quantiles of clean pairs; may be repeated.")] = None,

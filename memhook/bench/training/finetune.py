@@ -17,7 +17,7 @@ from memhook.testbed.scenes import draw
 from memhook.testbed.train.autoencoder import to_pixels
 from memhook.training import FilterCalibration, FilterReport, TrainingFilter, training_filter
 
-CAPTION_DROPOUT = 0.1
+CAPTION_DROPOUT = 0.0  # none, as in the paper's fine-tune: it would teach the few planted pictures to the unconditional model as well
 MIN_SNR_GAMMA = 5.0
 WARMUP = 20
 
