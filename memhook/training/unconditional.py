@@ -51,7 +51,8 @@ class UnconditionalPass:
         call.check_unchanged()
         args, kwargs = self._arguments(call)
         enabled, dtype = call.autocast
-        # Weights that autocast casts under no_grad must not stay in its cache: the loop's next pass would take them, without gradients.
+        # Weights that autocast casts under no_grad must not stay in its cache: in older torch the loop's next pass would take them, without
+        # gradients (2.13 casts them again by itself).
         autocast = torch.autocast(call.values.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
         # The same random numbers as in the loop's pass, so that both predictions have the same dropout masks and differ by the prompt alone.
         with unrecorded(), call.random.again(), self._buffers_kept(module), autocast:
