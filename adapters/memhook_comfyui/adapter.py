@@ -44,14 +44,14 @@ class _Described:
         return {**self._model, **self._latest}
 
     @contextlib.contextmanager
-    def _watching(self, watcher: Watcher, guider: Any, sampler: Any) -> Iterator[None]:
+    def _watching(self, watcher: Watcher, guider: Any, sampler: str) -> Iterator[None]:
         run = Run(watcher, guider)
         try:
             with on_run(guider, {PREDICT_NOISE: run.predict_noise, CALC_COND_BATCH: run.calc_cond_batch}):
                 yield
         finally:
-            name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
-            self._latest = {"sampler": name, **({} if run.unconditional is None else {"unconditional": run.unconditional})}
+            run.end()
+            self._latest = {"sampler": sampler, **({} if run.unconditional is None else {"unconditional": run.unconditional})}
 
 
 class ComfyAdapter(_Described):
@@ -83,10 +83,10 @@ class RunAdapter(_Described):
 
     Args:
         guider: ``executor.class_obj`` of the wrapper.
-        sampler: The sampler that it runs (`sampler_of`).
+        sampler: The name of the sampler that it runs (`sampler_of`).
     """
 
-    def __init__(self, guider: Any, sampler: Any = None) -> None:
+    def __init__(self, guider: Any, sampler: str) -> None:
         super().__init__(guider.model_patcher)
         self._guider, self._sampler = weakref.ref(guider), sampler
 
@@ -99,6 +99,7 @@ class RunAdapter(_Described):
             yield
 
 
-def sampler_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The sampler among the arguments of ``CFGGuider.outer_sample(noise, latent_image, sampler, ...)``."""
-    return kwargs.get("sampler", args[2] if len(args) > 2 else None)
+def sampler_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The name of the sampler among the arguments of ``CFGGuider.outer_sample(noise, latent_image, sampler, ...)``."""
+    sampler = kwargs.get("sampler", args[2] if len(args) > 2 else None)
+    return str(getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__))

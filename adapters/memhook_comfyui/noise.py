@@ -17,7 +17,8 @@ def space_of(model: Any) -> Space:
     For rectified flows that is the velocity, for all others the noise, also where a model predicts something else (v, x0).
     """
     kinds = {kind.__name__ for kind in type(getattr(model, "model_sampling", None)).__mro__}
-    return "flow" if "CONST" in kinds else "eps"
+    forge = getattr(getattr(model, "predictor", None), "prediction_type", None)
+    return "flow" if "CONST" in kinds or forge == "const" else "eps"
 
 
 def covered(x0_cond: Tensor, x0_uncond: Tensor) -> Tensor:

@@ -104,6 +104,10 @@ class Run:
             return outputs
         return [changed if output is cond.x0 else output for output in outputs]
 
+    def end(self) -> None:
+        """The run is over: keep nothing of it but numbers."""
+        self._moment = self._hashed = self._substitute = None
+
     # ---- private --------------------------------------------------------------------------------------------------
 
     def _take(self, moment: _Moment, guider: Any, conds: Any, x0: Any, call: dict[str, Any], executor: Any) -> None:

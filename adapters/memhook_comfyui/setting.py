@@ -36,8 +36,9 @@ class _Named:
 
 def _parameterization(model: Any) -> str:
     """What the network predicts, by ComfyUI's names, such as ``EPS``; the schedule behind it."""
-    kinds = [kind.__name__ for kind in type(getattr(model, "model_sampling", None)).__mro__]
-    return "+".join(kind for kind in kinds if kind not in ("ModelSampling", "Module", "object"))
+    sampling = getattr(model, "model_sampling", getattr(model, "predictor", None))  # Forge's name
+    kinds = [kind.__name__ for kind in type(sampling).__mro__ if kind.__name__ not in ("ModelSampling", "Module", "object")]
+    return "+".join([*kinds, *filter(None, [getattr(sampling, "prediction_type", None)])])
 
 
 def _digest(patches: dict[str, Any]) -> str:

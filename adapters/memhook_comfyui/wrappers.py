@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,13 +54,34 @@ def on_run(guider: Any, wrappers: dict[str, Wrapper]) -> Iterator[None]:
     """Wrap what a guider calls in the run that it is in the middle of, by the options that it made for this run alone."""
     key = new_key()
     tables = guider.model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
-    for kind, wrapper in wrappers.items():
-        tables.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+    with contextlib.ExitStack() as stack:
+        for kind, wrapper in wrappers.items():
+            if kind == PREDICT_NOISE and not _wraps_predictions():
+                stack.enter_context(_on_method(guider, "predict_noise", wrapper))
+            else:
+                tables.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+                stack.callback(_remove, tables, kind, key)
+        yield
+
+
+def _wraps_predictions() -> bool:
+    """Whether there is a wrapper around a guider's evaluations: it came in August 2025, after all others."""
+    extension = sys.modules.get("comfy.patcher_extension")
+    return extension is None or hasattr(extension.WrappersMP, "PREDICT_NOISE")
+
+
+@contextlib.contextmanager
+def _on_method(owner: Any, name: str, wrapper: Wrapper) -> Iterator[None]:
+    """The same by a method of one object, for a time."""
+    own, before = getattr(owner, name), vars(owner).get(name)
+    setattr(owner, name, lambda *args, **kwargs: wrapper(own, *args, **kwargs))
     try:
         yield
     finally:
-        for kind in wrappers:
-            _remove(tables, kind, key)
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def _remove(tables: dict[str, dict[str | None, list[Wrapper]]], kind: str, key: str) -> None:

@@ -1,7 +1,9 @@
 """What a watch leaves in ComfyUI (nothing), and what it does to its pictures (nothing)."""
 
 import gc
+import sys
 import threading
+import types
 import weakref
 from typing import ClassVar
 
@@ -101,11 +103,11 @@ def test_a_trace_keeps_no_model_alive(keep):
     with memhook.watch(patcher, keep=keep) as trace:
         run_of(patcher)
     model, reference = weakref.ref(patcher.model), weakref.ref(patcher)
-    assert trace.magnitudes.shape == (3, 2)
     del patcher
     gc.collect()
     assert reference() is None
     assert model() is None
+    assert trace.magnitudes.shape == (3, 2)
     if keep == "calls":
         first = trace.evaluations[0]
         with pytest.raises(memhook.ReplayError, match="the model of this captured call was deleted"):
@@ -215,3 +217,32 @@ def test_areas_are_replayed_too():
     first = trace.evaluations[0]
     assert first.embedding.shape == (2, 12, 6)
     torch.testing.assert_close(first.replay(first.embedding), first.pred_cond)
+
+
+def test_a_trace_of_numbers_keeps_no_prompt_alive():
+    patcher = make_patcher()
+    guider = guider_of(patcher)
+    with memhook.watch(patcher) as trace:
+        run(guider)
+    prompt = weakref.ref(guider.original_conds["positive"][0]["cross_attn"])
+    del guider
+    gc.collect()
+    assert prompt() is None
+    assert len(trace) == 4
+
+
+def test_versions_without_a_wrapper_around_predictions(monkeypatch):
+    """December 2024 to August 2025: every other wrapper is there."""
+
+    class WrappersMP:
+        OUTER_SAMPLE, CALC_COND_BATCH = "outer_sample", "calc_cond_batch"
+
+    monkeypatch.setitem(sys.modules, "comfy.patcher_extension", types.SimpleNamespace(WrappersMP=WrappersMP))
+    monkeypatch.setattr(CFGGuider, "__call__", lambda self, *args, **kwargs: self.predict_noise(*args, **kwargs))
+    patcher = make_patcher()
+    plain, guider = run_of(patcher), guider_of(patcher)
+    with memhook.watch(patcher, keep="calls") as trace:
+        assert torch.equal(run_of(patcher), plain)
+        run(guider)
+    assert [len(part) for part in trace.runs] == [3, 4]
+    assert "predict_noise" not in vars(guider)

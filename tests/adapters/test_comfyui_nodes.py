@@ -46,7 +46,7 @@ def server(pack, comfy):
 
 
 def workflow(name):
-    graph = json.loads((WORKFLOWS / f"{name}_api.json").read_text())
+    graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
     for node in graph.values():
         node.pop("_meta", None)
         if "steps" in node["inputs"]:
@@ -245,9 +245,9 @@ def test_both_formats_are_one_workflow(pack, comfy):
         "SaveImage": ["images", "filename_prefix"],
         "PreviewAny": ["source"],
     }
-    for path in WORKFLOWS.glob("*_api.json"):
+    for path in (WORKFLOWS / "api").glob("*.json"):
         api = json.loads(path.read_text())
-        editor = json.loads(path.with_name(path.name.replace("_api", "")).read_text())
+        editor = json.loads((WORKFLOWS / path.name).read_text())
         links = {link[0]: [str(link[1]), link[2]] for link in editor["links"]}
         assert len(api) == len(editor["nodes"])
         for node in editor["nodes"]:

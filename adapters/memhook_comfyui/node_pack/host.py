@@ -40,7 +40,7 @@ def progress(total: int) -> Any:
 def patched(model: Any, wrapper: Wrapper) -> Any:
     """A clone of a MODEL with a wrapper around each of its runs."""
     if not has_wrappers(model):
-        raise MemhookError("this ComfyUI has no model wrappers (they came in December 2024); update ComfyUI")
+        raise MemhookError("this ComfyUI has no model wrappers, which came in December 2024; update ComfyUI")
     clone = model.clone()
     clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, wrapper)
     return clone
