@@ -84,9 +84,9 @@ class Way:
 WAYS = (
     Way("no filter"),
     *(Way(f"tau at the {quantile:.0%} quantile", quantile=quantile) for quantile in (0.5, 0.8, 0.95)),
-    Way("calibrated, fpr 5%", fpr=0.05),
-    Way("calibrated, fpr 5%, every other step", fpr=0.05, fraction=0.5),
-    *(Way(f"random tokens: {tokens}", tokens=tokens) for tokens in (2, 4)),
+    *(Way(f"calibrated, fpr {fpr:.0%}", fpr=fpr) for fpr in (0.05, 0.2)),
+    Way("calibrated, fpr 20%, every other step", fpr=0.2, fraction=0.5),
+    Way("4 random tokens", tokens=4),
 )
 
 

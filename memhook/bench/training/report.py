@@ -118,7 +118,7 @@ def _plot(path: Path, table: Sequence[Line]) -> None:
     panels = figure.subplots(1, 2)
     for axes, key, title in ((panels[0], "agreement", "agreement with held-out captions"), (panels[1], "clean_loss", "loss on held-out pairs")):
         for line in table:
-            kind = "s" if line.way.startswith("random") else "D" if line.way.startswith(("before", "no filter")) else "o"
+            kind = "s" if "random" in line.way else "D" if line.way.startswith(("before", "no filter")) else "o"
             mean, deviation = line.mean, line.deviation
             axes.errorbar(
                 mean["similarity"], mean[key], xerr=deviation["similarity"], yerr=deviation[key], marker=kind, capsize=2, label=line.way
