@@ -165,7 +165,7 @@ class TrainingFilter:
         pending = self._calls.forget()
         if kind is None and pending and not self._counter.totals.steps:
             raise MemhookError(
-                f"the denoiser was called {pending} times with gradient inside the block, and mean never; so nothing was filtered. Put "
+                f"calls of the denoiser with gradient inside the block: {pending}, and mean was never called; so nothing was filtered. Put "
                 "`loss = f.mean(losses)`, with one loss a sample, in the place of `loss = losses.mean()`"
             )
 
