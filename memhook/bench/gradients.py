@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from memhook import replay
 from memhook.attribution import attribute_tokens
 from memhook.capture import probe
 from memhook.checkpointing import find_blocks
@@ -228,6 +229,25 @@ class _Storages:
         return sum(self._bytes.values())
 
 
+@contextlib.contextmanager
+def _saving(pack: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Show ``pack`` everything that autograd saves inside the block.
+
+    Of nested hooks autograd asks the inner ones only, and a replay has its own, which alias the memory that they are given.
+    """
+    own = replay._saved_as_used
+
+    def both() -> saved_tensors_hooks:
+        return saved_tensors_hooks(lambda tensor: pack(tensor).detach(), lambda tensor: tensor)
+
+    try:
+        replay._saved_as_used = both
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+    finally:
+        replay._saved_as_used = own
+
+
 def _saved_bytes(module: nn.Module, run: Callable[[], object]) -> int:
     """What autograd saves during ``run``. Saved tensors are alive until the backward pass, so no storage is counted for another."""
     seen = _Storages(module)
@@ -236,7 +256,7 @@ def _saved_bytes(module: nn.Module, run: Callable[[], object]) -> int:
         seen.add(tensor)
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _saving(pack):
         run()
     return seen.total()
 
@@ -275,6 +295,6 @@ def _checkpointed_bytes(module: nn.Module, run: Callable[[], object]) -> int:
         for block in find_blocks(module):
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(leave, always_call=True).remove)
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _saving(pack):
             run()
     return kept.total() + max(inside)

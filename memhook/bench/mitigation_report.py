@@ -40,8 +40,8 @@ _LOOKS = {
     BASELINES[1]: ("^--", "#5a9bb8"),
     BASELINES[2]: ("v--", "#8a7fb5"),
     BASELINES[3]: ("D--", "#6b8e4e"),
-    NONE: ("k*", "black"),
-    REFERENCE: ("kP", "#777777"),
+    NONE: ("*", "black"),
+    REFERENCE: ("P", "#777777"),
 }
 _SHOWN = ((NONE, 0.0), (OPTIMIZED, 1.0), (OPTIMIZED, 0.5), (BASELINES[0], 4.0), (BASELINES[0], 8.0), (BASELINES[3], 4.0))
 
@@ -195,7 +195,9 @@ def draw(kinds: Mapping[str, Sequence[Point]]) -> Any:
             ]
             faint = 0.35 if family != OPTIMIZED else 0.6
             axes.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=color, elinewidth=0.8, alpha=faint)
-            axes.plot(xs, ys, style, color=color, label=family, linewidth=2.2 if family == OPTIMIZED else 1.1, markersize=9 if style[0] == "k" else 5)
+            axes.plot(
+                xs, ys, style, color=color, label=family, linewidth=2.2 if family == OPTIMIZED else 1.1, markersize=9 if style in ("*", "P") else 5
+            )
         axes.set(title=f"{kind} prompts", xlabel="similarity to the training picture (lower: less copied)")
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_subplotspec().is_first_col():
