@@ -22,7 +22,8 @@ from memhook.errors import (
     NoGuidanceError,
     ReplayError,
 )
-from memhook.guard import Guard, guard, mitigate
+from memhook.guard import guard, mitigate
+from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
 from memhook.intervention import Intervention
 from memhook.module import ModuleAdapter

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.errors import CalibrationError, CalibrationMismatchError
-from memhook.setting import brief, check_setting, difference, first_part, run_setting
+from memhook.setting import brief, check_setting, differences, first_part, run_setting
 from memhook.trace import Trace, per_prompt, prompt_mean
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Calibration:
             over the prompt's samples. NaN where an evaluation had no unconditional prediction, infinite where one was broken.
         first: How many of the first evaluations the score averages; None for all.
         setting: What it holds for, by field name; empty if it was made of bare scores.
+        accepted: Fields in which runs may differ from the setting; see `accepting`.
 
     >>> import memhook
     >>> calibration = memhook.calibrate([1.0, 1.2, 0.9, 1.1])
@@ -44,6 +45,7 @@ class Calibration:
     magnitudes: np.ndarray
     first: int | None = None
     setting: Mapping[str, Any] = field(default_factory=dict)
+    accepted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         m = self.magnitudes
@@ -127,11 +129,36 @@ class Calibration:
             )
         return float(np.sort(self.scores)[::-1][rank - 1])
 
-    def check(self, trace: Trace) -> None:
-        """Raise `CalibrationMismatchError` where ``trace`` was recorded in another setting than this calibration."""
-        problem = difference(self.setting, run_setting(trace), first=self.first) if self.setting else None
-        if problem is not None:
-            raise CalibrationMismatchError(problem)
+    def accepting(self, *fields: str) -> Calibration:
+        """The same calibration for runs that differ from its setting in these fields, such as ``"guidance_scale"``.
+
+        Its p-values are then no longer known to be valid; a `Detection` says which differences were accepted. Not saved with the file.
+
+        Raises:
+            CalibrationError: The setting has no such field.
+        """
+        unknown = sorted(set(fields) - self.setting.keys())
+        if unknown:
+            known = ", ".join(sorted(self.setting)) or "nothing, since it was made of bare scores"
+            raise CalibrationError(f"there is no setting {', '.join(unknown)} to accept a difference in; this calibration knows {known}")
+        return replace(self, accepted=tuple(sorted({*self.accepted, *fields})))
+
+    def check(self, trace: Trace) -> tuple[str, ...]:
+        """Compare the setting of ``trace`` with this calibration's.
+
+        Returns:
+            The differences that `accepting` allowed, as sentences.
+
+        Raises:
+            CalibrationMismatchError: Another field differs.
+        """
+        found = differences(self.setting, run_setting(trace), first=self.first) if self.setting else {}
+        for key, problem in found.items():
+            if key not in self.accepted:
+                raise CalibrationMismatchError(
+                    f"{problem}. Run in the calibration's setting, calibrate again in this one, or accept it: calibration.accepting({key!r})"
+                )
+        return tuple(found.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file: the magnitudes, and the setting as JSON metadata. Replaces the file at once."""
@@ -222,8 +249,7 @@ def _from_traces(traces: list[Trace], first: int | None) -> Calibration:
 
 def _first_difference(settings: list[dict[str, Any]], first: int | None) -> CalibrationError | None:
     for number, setting in enumerate(settings):
-        problem = difference(settings[0], setting, first=first)
-        if problem is not None:
+        for problem in differences(settings[0], setting, first=first).values():
             return CalibrationError(f"trace {number} was recorded in another setting than trace 0: {problem}")
     return None
 

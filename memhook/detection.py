@@ -28,6 +28,7 @@ class Detection:
         groups: ``(b,)``: to which prompt each sample belongs.
         calibration_size: The number of clean prompts behind the p-values.
         statistic: What the scores are, in words.
+        accepted_mismatches: In what the run differs from the calibration's setting, where `Calibration.accepting` allowed it.
     """
 
     scores: np.ndarray
@@ -39,6 +40,7 @@ class Detection:
     groups: np.ndarray
     calibration_size: int
     statistic: str = "mean magnitude"
+    accepted_mismatches: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         raise TypeError("a Detection holds a verdict for each prompt; ask detection.memorized.any() or detection.memorized[i]")
@@ -46,6 +48,7 @@ class Detection:
     def __str__(self) -> str:
         flagged, unsure, count = int(self.memorized.sum()), int(self.undecided.sum()), len(self.scores)
         rate = f"at a false-positive rate of {self.fpr:g} (calibrated on {self.calibration_size} clean prompts)"
+        rate += f"; accepted: {', '.join(self.accepted_mismatches)}" if self.accepted_mismatches else ""
         undecided = f"; {unsure} undecided, since a prediction was NaN or infinite" if unsure else ""
         if unsure == count:
             return f"undecided: all of {count} prompts had a prediction that was NaN or infinite"
@@ -73,10 +76,12 @@ def detect(trace: Trace, calibration: Calibration, *, fpr: float = 0.01) -> Dete
     """
     threshold = calibration.threshold(fpr)
     used = trace.used(calibration.first)
-    calibration.check(trace)
+    accepted = calibration.check(trace)
     groups = trace.groups
     # In the order in which the calibration averages, so that a score equal to a calibration score is equal to the last bit.
     scores = prompt_mean(per_prompt(used, groups).T, trace.has_guidance[: len(used)])
     undecided = ~np.isfinite(scores)
     memorized = (scores > threshold) & ~undecided
-    return Detection(scores, calibration.p_value(scores), memorized, undecided, fpr, threshold, groups, len(calibration))
+    return Detection(
+        scores, calibration.p_value(scores), memorized, undecided, fpr, threshold, groups, len(calibration), accepted_mismatches=accepted
+    )

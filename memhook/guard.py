@@ -4,79 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from memhook.capture import attached, cannot_intervene
 from memhook.detection import Detection, detect
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError
+from memhook.guard_report import Guard, Repair
 from memhook.mitigation import Settings, mitigate_samples
 from memhook.plugins import find_adapter
+from memhook.stopping import StopRule
 from memhook.trace import Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from memhook.calibration import Calibration
     from memhook.hookspecs import Adapter
     from memhook.intervention import Intervention
-    from memhook.optimization import OptimizedEmbedding
     from memhook.prediction import Evaluation
 
 Action = Literal["mitigate", "stop", "warn"]
 
 
-class Guard:
-    """What a guard found and did; complete once the run is over.
-
-    Attributes:
-        trace: The magnitudes of the run. The row at which the guard decided holds what was found, later ones what came of it.
-        detection: The verdict on each prompt; None before it was made, and for `mitigate`, which makes none.
-        flagged: ``(b,)`` bool: the samples that the guard acted on; None before it decided.
-        optimized: The new embeddings of the flagged samples, in their order; None where none was mitigated.
-        before: ``(b,)``: every sample's magnitude at the evaluation of the decision.
-        after: ``(b,)``: the same with the new embeddings.
-    """
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.detection: Detection | None = None
-        self.flagged: np.ndarray | None = None
-        self.optimized: OptimizedEmbedding | None = None
-        self.before: np.ndarray | None = None
-        self.after: np.ndarray | None = None
-        self._intervention: Intervention | None = None
-        self._decided_at = 0  # evaluations seen by then
-
-    @property
-    def substituted(self) -> int:
-        """In how many of the calls after the decision the new embeddings were put in; waits for the device."""
-        flags = self._intervention.substituted if self._intervention is not None else []
-        return int(torch.stack(flags).sum()) if flags else 0
-
-    def __str__(self) -> str:
-        if self.flagged is None:
-            return "nothing was judged yet"
-        found = (
-            str(self.detection)
-            if self.detection is not None
-            else f"no calibration; {int(self.flagged.sum())} of {len(self.flagged)} samples above the target"
-        )
-        if self.optimized is None:
-            return found
-        later = len(self.trace) - self._decided_at
-        return f"{found}. Mitigated: {self.optimized}; new embeddings in {self.substituted} calls of {later} later evaluations"
-
-
 @contextlib.contextmanager
 def guard(
     target: object,
-    calibration: Calibration,
+    calibration: Calibration | StopRule,
     *,
-    fpr: float = 0.01,
+    fpr: float | None = None,
     action: Action = "mitigate",
     target_magnitude: float | None = None,
     lr: float = 0.05,
@@ -86,7 +45,8 @@ def guard(
 ) -> Iterator[Guard]:
     """Judge the run inside the block at its first evaluations, and act on the samples of flagged prompts while it goes on.
 
-    Costs nothing for a clean run but the decision, for which the device is waited for once. The samples of prompts that are not flagged
+    Costs nothing for a clean run but the decision, for which the device is waited for once (with a
+    `StopRule`, at each look). The samples of prompts that are not flagged
     come out bit-identical to an unguarded run. One run of the sampler a block: a second one is an error, never unguarded.
 
     * ``"mitigate"`` moves the flagged samples' embeddings (`optimize_embedding`) until their magnitude at this evaluation is
@@ -96,8 +56,9 @@ def guard(
 
     Args:
         target: What runs the sampler, as in `memhook.watch`.
-        calibration: For a score over the first ``k`` evaluations (``calibration.using(first=1)``), after which the guard decides.
-        fpr: The share of prompts that are not memorized but flagged all the same.
+        calibration: For a score over the first ``k`` evaluations (``calibration.using(first=1)``), after which the guard decides. Or a
+            `stop_rule`, with which it looks after each of the first evaluations and acts at the first one that shows enough.
+        fpr: The share of prompts that are not memorized but flagged all the same; 0.01 where None. A rule has its own.
         action: What to do.
         target_magnitude: The magnitude to reach, per sample; a warning says where it was not. Where None, the median of the calibration's
             clean prompts is aimed at, and a warning says where a sample stayed above the threshold.
@@ -130,29 +91,26 @@ def guard(
         raise MemhookError(f"target_magnitude is {target_magnitude}; a magnitude is never negative, so expected 0 or more, or None")
     if action not in get_args(Action):
         raise MemhookError(f"action is {action!r}; expected one of {', '.join(get_args(Action))}")
-    first = _decides_after(calibration)
-    threshold = calibration.threshold(fpr)  # too few prompts: say so before the run
-    if target_magnitude is None:
-        goal, tolerable = float(np.nanmedian(calibration.magnitudes[:, first - 1])), threshold
-    else:
-        goal = tolerable = target_magnitude
-    settings = Settings(goal, tolerable, lr, max_steps, fixed_tokens)
+    judging = _judging(calibration, fpr)
 
     def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
-        report.detection = detection = detect(report.trace, calibration, fpr=fpr)
-        report.flagged = flagged = detection.memorized[detection.groups]
+        report.detection = detection = judging.verdict(report.trace)
+        known = report.flagged if report.flagged is not None else np.zeros(len(detection.groups), bool)
+        fresh = detection.memorized[detection.groups] & ~known
+        report.flagged = known | fresh
         if detection.undecided.any():
             _undecided(detection, report, action)
-        if not flagged.any():
+        if not fresh.any():
             return None
         if action == "warn":
             warnings.warn(str(detection), stacklevel=2)
             return None
         if action == "stop":
             raise MemorizationDetectedError(f"stopped after {len(report.trace)} evaluations: {detection}", trace=report.trace, detection=detection)
-        return _mitigated(evaluation, report, flagged, settings)
+        goal, tolerable = judging.goal(len(report.trace)) if target_magnitude is None else (target_magnitude, target_magnitude)
+        return _mitigated(evaluation, report, fresh, Settings(goal, tolerable, lr, max_steps, fixed_tokens))
 
-    with _guarding(target, adapter, first, judge, changes=action == "mitigate") as report:
+    with _guarding(target, adapter, judging.looks, judge, changes=action == "mitigate") as report:
         yield report
 
 
@@ -197,33 +155,39 @@ def mitigate(
             return None
         return _mitigated(evaluation, report, flagged, settings)
 
-    with _guarding(target, adapter, 1, judge, changes=True) as report:
+    with _guarding(target, adapter, [1], judge, changes=True) as report:
         yield report
 
 
 @contextlib.contextmanager
 def _guarding(
-    target: object, adapter: Adapter | None, first: int, judge: Callable[[Evaluation, Guard], Intervention | None], *, changes: bool
+    target: object,
+    adapter: Adapter | None,
+    looks: Sequence[int],
+    judge: Callable[[Evaluation, Guard], Intervention | None],
+    *,
+    changes: bool,
 ) -> Iterator[Guard]:
-    """Watch a run, and ``judge`` it once, at its evaluation number ``first``."""
+    """Watch a run, and ``judge`` it after each of so many evaluations."""
     adapter = adapter if adapter is not None else find_adapter(target)
     del target  # the block must not keep it alive
     if changes and not getattr(adapter, "intervenes", False):
         raise MemhookError(cannot_intervene(adapter.host))
     trace = Trace(host=adapter.host, describe=adapter.describe)
     report = Guard(trace)
+    first, last = looks[0], looks[-1]
 
     def on_evaluation(evaluation: Evaluation) -> Intervention | None:
-        if len(trace) == first:
-            report._decided_at = first
-            report._intervention = judge(evaluation, report)
-            return report._intervention
-        if len(trace) > first and _known_without_waiting(evaluation):
+        if len(trace) in looks:
+            if len(trace) > first:
+                _one_run(trace)  # the device is waited for anyway
+            return judge(evaluation, report)
+        if len(trace) > last and _known_without_waiting(evaluation):
             _one_run(trace)
         return None
 
-    # Only the call that may be replayed is kept; before and after it numbers are enough, and nothing waits for the device.
-    with attached(adapter, trace, wants_evaluations=lambda: len(trace) == first - 1, on_evaluation=on_evaluation):
+    # Only calls that may be replayed are kept; before and after them numbers are enough, and nothing waits for the device.
+    with attached(adapter, trace, wants_evaluations=lambda: len(trace) + 1 in looks, on_evaluation=on_evaluation):
         yield report
     if len(trace) < first:
         raise MemhookError(
@@ -231,21 +195,51 @@ def _guarding(
             "with enough steps"
         )
     _one_run(trace)
-    later = len(trace) - first
-    if report.optimized is not None and report.substituted < later:
-        warnings.warn(
-            f"the new embeddings were put in only {report.substituted} of {later} later evaluations: the host changes its embeddings on the way, "
-            "so the mitigation is partial. Give it the optimized embedding from the start (memhook.optimize_embedding)",
-            stacklevel=3,
-        )
+    for repair in report.repairs:
+        later = len(trace) - repair.evaluation
+        if repair.substituted < later:
+            warnings.warn(
+                f"the new embeddings were put in only {repair.substituted} of {later} later evaluations: the host changes its embeddings on the way, "
+                "so the mitigation is partial. Give it the optimized embedding from the start (memhook.optimize_embedding)",
+                stacklevel=3,
+            )
 
 
 def _mitigated(evaluation: Evaluation, report: Guard, flagged: np.ndarray, settings: Settings) -> Intervention:
-    intervention, report.optimized = mitigate_samples(evaluation, flagged, settings)
-    report.before = report.trace.magnitudes[-1].copy()
-    report.after = report.before.copy()
-    report.after[flagged] = report.optimized.after
+    intervention, optimized = mitigate_samples(evaluation, flagged, settings)
+    report.repairs.append(Repair(len(report.trace), np.flatnonzero(flagged), optimized, intervention))
+    now = report.trace.magnitudes[-1]
+    if report.before is None or report.after is None:
+        report.before, report.after = now.copy(), now.copy()
+    report.before[flagged], report.after[flagged] = now[flagged], optimized.after
     return intervention
+
+
+@dataclass(frozen=True, eq=False)
+class _Judging:
+    """When the guard judges, how, and to which magnitude it brings a flagged sample: ``(goal, tolerable)`` after so many evaluations."""
+
+    looks: Sequence[int]
+    verdict: Callable[[Trace], Detection]
+    goal: Callable[[int], tuple[float, float]]
+
+
+def _judging(calibration: Calibration | StopRule, fpr: float | None) -> _Judging:
+    if isinstance(calibration, StopRule):
+        if fpr is not None:
+            raise MemhookError(f"fpr is {fpr}, and the stop rule has its own, {calibration.fpr}; leave fpr out")
+        magnitudes, rate = calibration.calibration.magnitudes, calibration.fpr
+
+        def of_clean_prompts(evaluations: int) -> tuple[float, float]:
+            here = magnitudes[:, evaluations - 1]
+            return float(np.median(here)), float(np.quantile(here, 1 - rate))
+
+        return _Judging(calibration.looks.tolist(), calibration.judge, of_clean_prompts)
+    rate = 0.01 if fpr is None else fpr
+    first = _decides_after(calibration)
+    threshold = calibration.threshold(rate)  # too few prompts: say so before the run
+    goal = float(np.nanmedian(calibration.magnitudes[:, first - 1]))
+    return _Judging([first], lambda trace: detect(trace, calibration, fpr=rate), lambda _: (goal, threshold))
 
 
 def _undecided(detection: Detection, report: Guard, action: Action) -> None:

@@ -50,19 +50,14 @@ def first_part(setting: Mapping[str, Any], first: int | None) -> dict[str, Any]:
     return {key: value for key, value in part.items() if first != 1 or key not in _LATER_ONLY}
 
 
-def difference(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first: int | None) -> str | None:
-    """The first field that differs, with both values, as a sentence; None where there is none.
-
-    Fields that only one side knows are not compared.
-    """
+def differences(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first: int | None) -> dict[str, str]:
+    """The fields that differ, each with a sentence that gives both values. Fields that only one side knows are not compared."""
     calibrated, seen = first_part(calibrated, first), first_part(seen, first)
-    for key in sorted(calibrated.keys() & seen.keys()):
-        if not _same(key, calibrated[key], seen[key]):
-            return (
-                f"the setting differs in {key}: the calibration was made with {brief(calibrated[key])}, this run used {brief(seen[key])}. "
-                "Run in the calibration's setting, or calibrate again in this one"
-            )
-    return None
+    return {
+        key: f"the setting differs in {key}: the calibration was made with {brief(calibrated[key])}, this run used {brief(seen[key])}"
+        for key in sorted(calibrated.keys() & seen.keys())
+        if not _same(key, calibrated[key], seen[key])
+    }
 
 
 def _same(key: str, expected: Any, value: Any) -> bool:

@@ -77,11 +77,11 @@ class StopRule:
         undecided = ~np.isfinite(largest)
         threshold = self.maxima.threshold(self.fpr)
         memorized = (largest > threshold) & ~undecided
-        if made in (1, len(self.looks)) or memorized.any():  # a fingerprint reads the model: not at every look
-            self.calibration.using(last).check(trace)
+        # A fingerprint reads the model: not at every look.
+        accepted = self.calibration.using(last).check(trace) if made in (1, len(self.looks)) or memorized.any() else ()
         return Detection(
             largest, self.maxima.p_value(largest), memorized, undecided, self.fpr, threshold, groups, len(self.maxima),
-            statistic=f"largest standardized score of {made} look{'s' if made > 1 else ''}",
+            statistic=f"largest standardized score of {made} look{'s' if made > 1 else ''}", accepted_mismatches=accepted,
         )  # fmt: skip
 
 

@@ -139,26 +139,26 @@ def test_unequal_numbers_of_images_cannot_be_compared():
 
 def test_a_difference_can_be_accepted_by_name_and_the_verdict_says_so():
     calibration = calibrate([run(seed=seed) for seed in range(9)])
-    other = run(guidance_scale=3.0)
-    with pytest.raises(CalibrationMismatchError, match=r"guidance_scale.*accept it: calibration.accepting\('guidance_scale'\)"):
+    other = run(space="v")
+    with pytest.raises(CalibrationMismatchError, match=r"space.*accept it: calibration.accepting\('space'\)"):
         detect(other, calibration, fpr=0.1)
-    found = detect(other, calibration.accepting("guidance_scale"), fpr=0.1)
+    found = detect(other, calibration.accepting("space"), fpr=0.1)
     assert found.p_values.tolist() == calibration.p_value(found.scores).tolist()
     [message] = found.accepted_mismatches
-    assert "guidance_scale: the calibration was made with 7.5, this run used 3.0" in message
+    assert "space: the calibration was made with 'eps', this run used 'v'" in message
     assert message in str(found)
-    assert detect(run(), calibration.accepting("guidance_scale"), fpr=0.1).accepted_mismatches == ()
+    assert detect(run(), calibration.accepting("space"), fpr=0.1).accepted_mismatches == ()
 
 
 def test_accepting_one_difference_accepts_no_other():
-    calibration = calibrate([run(seed=seed) for seed in range(9)]).accepting("guidance_scale")
+    calibration = calibrate([run(seed=seed) for seed in range(9)]).accepting("space")
     with pytest.raises(CalibrationMismatchError, match="differs in model"):
-        detect(run(model=1, guidance_scale=3.0), calibration, fpr=0.1)
+        detect(run(model=1, space="v"), calibration, fpr=0.1)
 
 
 def test_only_what_is_in_the_setting_can_be_accepted(tmp_path):
     calibration = calibrate([run(seed=seed) for seed in range(9)])
-    with pytest.raises(CalibrationError, match=r"no setting colour to accept.*knows guidance_scale, guided_evaluations"):
+    with pytest.raises(CalibrationError, match=r"no setting colour to accept.*knows guided_evaluations, host"):
         calibration.accepting("colour")
     with pytest.raises(CalibrationError, match="bare scores"):
         calibrate([1.0]).accepting("model")

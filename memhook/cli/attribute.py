@@ -14,7 +14,7 @@ from memhook.files import replace_file, write_text
 from memhook.tokens import prompt_tokens
 
 if TYPE_CHECKING:
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
 
 _ENDINGS = (".html", ".png", ".json")
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memhook.calibration import calibrate
-from memhook.cli.detect import IMAGES
+import numpy as np
+
+from memhook.calibration import Calibration, calibrate
 from memhook.cli.progress import tracked
-from memhook.cli.tables import console
+from memhook.cli.sampling import IMAGES
+from memhook.cli.tables import console, print_table, shown
+from memhook.errors import CalibrationError
+from memhook.setting import brief
 
 if TYPE_CHECKING:
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
     from memhook.prompt_files import PromptRow
     from memhook.trace import Trace
 
@@ -42,3 +47,34 @@ def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int |
     else:
         smallest = 1 / (len(calibration) + 1)
         console.print(f"With {len(calibration)} prompts the smallest p-value is {smallest:.2g}; 99 are needed for a false-positive rate of 0.01.")
+
+
+def show_calibration(path: Path) -> None:
+    """Print what a calibration file holds: its prompts, its setting, and thresholds at common rates."""
+    known = Calibration.load(path)
+    prompts, evaluations = known.magnitudes.shape
+    over = "all evaluations" if known.first is None else f"the first {known.first} of {evaluations} evaluations" if evaluations > 1 else "one score"
+    scores = known.scores
+    low, middle, high = np.quantile(scores, [0.05, 0.5, 0.95])
+    console.print(f"{path}: {prompts} clean prompts, score over {over}; smallest p-value {1 / (prompts + 1):.2g}", soft_wrap=True, markup=False)
+    console.print(f"scores from {scores.min():.3g} to {scores.max():.3g}, median {middle:.3g}, 5% to 95%: {low:.3g} to {high:.3g}")
+    rows = []
+    for rate in (0.1, 0.05, 0.01, 0.001):
+        cells = [_threshold(known, rate, confidence) for confidence in (None, 0.95)]
+        rows.append((f"{rate:g}", *cells))
+    print_table(
+        "Scores above the threshold are flagged", [("false-positive rate", "right"), ("on average", "right"), ("with 95% confidence", "right")], rows
+    )
+    setting = [(shown(key), shown(brief(value))) for key, value in sorted(known.setting.items())]
+    if setting:
+        print_table("Holds for runs in this setting", [("field", ""), ("value", "")], setting)
+    else:
+        console.print("It was made of bare scores, so it carries no setting: nothing is checked when it is used.")
+
+
+def _threshold(known: Calibration, rate: float, confidence: float | None) -> str:
+    try:
+        return f"{known.threshold(rate, confidence):.4g}"
+    except CalibrationError as error:
+        found = re.search(r"at least (\d(?:[\d,]*\d)?)", str(error))
+        return f"needs {found[1]} prompts" if found else str(error)

@@ -13,10 +13,11 @@ from memhook.capture import watch
 from memhook.cli.tables import console
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.files import replace_file, write_text
-from memhook.guard import Guard, guard
+from memhook.guard import guard
+from memhook.guard_report import Guard
 
 if TYPE_CHECKING:
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
     from memhook.trace import Trace
 
 

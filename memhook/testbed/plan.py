@@ -156,11 +156,13 @@ class TrainingStream:
 def clean_prompts(vocabulary: list[str]) -> list[Clean]:
     """2,400 prompts that are not memorized, 600 of each source, half of each for calibration and half for testing.
 
-    ``vocabulary`` holds the whole words of the tokenizer, from which the random strings are made.
+    ``vocabulary`` holds the whole words of the tokenizer, from which the random strings are made. Words of trigger phrases, which are
+    frequent enough to be in it, are left out: one of them alone can recall a planted picture, so a string that holds it is not clean.
     """
     found: list[Clean] = []
     training = TrainingStream()
     rng = _stream("clean")
+    triggers = {word for pair in training.planted if pair.caption.trigger is not None for word in pair.caption.trigger.split()}
     once = (int(index) for index in rng.permutation(ONCE_WINDOW) if training[int(index)][2] is None)
     for number in range(CLEAN_PER_SOURCE):
         splits: tuple[Literal["calibration"], Literal["test"]] = ("calibration", "test")
@@ -172,5 +174,6 @@ def clean_prompts(vocabulary: list[str]) -> list[Clean]:
         text, frame = foreign_caption(rng)
         found.append(Clean(f"foreign-{number:03d}", "foreign", split, f"frame:{frame}", text))
         words = [vocabulary[int(i)] for i in rng.integers(len(vocabulary), size=int(rng.integers(4, 13)))]
-        found.append(Clean(f"random-{number:03d}", "random", split, f"random-{number:03d}", " ".join(words)))
+        string = " ".join(word for word in words if word not in triggers)
+        found.append(Clean(f"random-{number:03d}", "random", split, f"random-{number:03d}", string))
     return found

@@ -157,4 +157,12 @@ def test_those_trained_once_are_in_the_stream_as_fresh_pairs(clean_rows):
 def test_no_clean_prompt_is_planted_or_holds_a_trigger(clean_rows, pairs):
     captions = {str(pair.caption) for pair in pairs}
     triggers = [pair.caption.trigger for pair in pairs if pair.caption.trigger]
-    assert not any(row.prompt in captions or any(trigger in row.prompt for trigger in triggers) for row in clean_rows)
+    words = {word for trigger in triggers for word in trigger.split()}
+    assert not any(row.prompt in captions or words & set(row.prompt.split()) for row in clean_rows)
+
+
+def test_random_strings_leave_out_words_of_triggers(pairs):
+    trigger = next(pair.caption.trigger for pair in pairs if pair.caption.trigger).split()
+    rows = [row for row in clean_prompts([*trigger, "silver", "road", "cat"]) if row.source == "random"]
+    assert not any(set(trigger) & set(row.prompt.split()) for row in rows)
+    assert {"silver", "road", "cat"} <= {word for row in rows for word in row.prompt.split()}

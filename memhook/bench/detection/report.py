@@ -17,15 +17,15 @@ import torch
 from memhook.bench.detection.rows import DETECTORS, DetectionRow, detection_rows
 from memhook.bench.detection.sampled import Describe, Labeled, Sampled, bundled, of_study, sample
 from memhook.bench.detection.timing import time_detectors
-from memhook.cli.detect import IMAGES
 from memhook.cli.progress import tracked
+from memhook.cli.sampling import IMAGES
 from memhook.cli.tables import console, print_table
 from memhook.errors import MemhookError
 from memhook.files import write_text
 from memhook.prompt_files import read_prompts
 
 if TYPE_CHECKING:
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
 
 MARKERS = ("<!-- bench detection: begin -->", "<!-- bench detection: end -->")
 

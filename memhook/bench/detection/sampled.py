@@ -21,7 +21,7 @@ from memhook.plugins import find_adapter
 from memhook.testbed.bundle import MemorizedPrompt
 
 if TYPE_CHECKING:
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
     from memhook.testbed.bundle import CleanPrompt
     from memhook.testbed.study import Study
 

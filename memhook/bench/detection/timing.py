@@ -15,7 +15,7 @@ from memhook.baselines.density import descriptor_density, pixel_density
 from memhook.bench.detection.sampled import Describe, early_steps, group_sizes
 
 if TYPE_CHECKING:
-    from memhook.cli.detect import Sampling
+    from memhook.cli.sampling import Sampling
 
 
 @dataclass(frozen=True)
