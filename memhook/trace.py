@@ -340,7 +340,8 @@ def per_prompt(magnitudes: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 def prompt_mean(magnitudes: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Mean of ``(s, n)`` magnitudes over the evaluations that are present, ``(n,)``; a NaN among those stays a NaN."""
-    mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # infinities of both signs make a NaN
+        mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
     return mean
 
 

@@ -177,6 +177,8 @@ def loads_or_refuses(path, trace):
     except CalibrationError:
         return False
     calibration.p_value([0.5, 2.0])
+    if trace is None:
+        return True
     with contextlib.suppress(memhook.MemhookError):
         memhook.detect(trace, calibration, fpr=0.5)
     return True
@@ -216,7 +218,7 @@ def test_mutations_of_bytes_give_no_other_error(tmp_path, good):
     data, trace = good
     path = tmp_path / "c.safetensors"
     rng, loaded = random.Random(2), 0
-    for _ in range(300):
+    for number in range(5000):
         mutated = bytearray(data)
         for _ in range(rng.randrange(1, 4)):
             where = rng.randrange(len(mutated))
@@ -228,8 +230,8 @@ def test_mutations_of_bytes_give_no_other_error(tmp_path, good):
             else:
                 mutated[where:where] = rng.randbytes(rng.randrange(1, 9))
         path.write_bytes(bytes(mutated))
-        loaded += loads_or_refuses(path, trace)
-    assert 0 < loaded < 300  # a changed digit still is a calibration
+        loaded += loads_or_refuses(path, trace if number % 10 == 0 else None)
+    assert 0 < loaded < 5000  # a changed digit still is a calibration
 
 
 JUNK = st.recursive(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -107,3 +108,49 @@ def test_what_json_and_csv_writers_write_is_read_back(tmp_path, prompts):
     writer = csv.writer(buffer)
     writer.writerows([["prompt"], *([prompt] for prompt in prompts)])
     assert [row.prompt for row in read(tmp_path, "a.csv", buffer.getvalue())] == expected
+
+
+ROWS = {  # what a generated file may hold: bytes of a line for each format, and the prompt that is read from them
+    "txt": [(b"a red fox", "a red fox"), ("caf\u00e9".encode(), "caf\u00e9"), (b"\xff\xfe", None), (b"a\x00b", None), (b"y" * (LONGEST + 1), None)],
+    "jsonl": [
+        (b'{"prompt": "a red fox", "family": "f"}', "a red fox"),
+        (b'"plain"', "plain"),
+        (b'{"text": "a"}', None),
+        (b'{"prompt": 3}', None),
+        (b'{"prompt": "a', None),
+        (b"[" * 2000, None),
+        (b'{"prompt": "a\\u0000b"}', None),
+        (b'{"prompt": "\\ud800"}', None),
+        (b"\xff", None),
+        (b'{"prompt": "' + b"y" * (LONGEST + 1) + b'"}', None),
+    ],
+    "csv": [
+        (b"a red fox,f", "a red fox"),
+        (b'"two\nlines",f', "two\nlines"),
+        (b",f", None),
+        (b"caf\xe9,f", None),
+        (b"a\x00b,f", None),
+        (b"y" * (LONGEST + 1), None),
+        (b'"say ""no""",f,extra,fields', 'say "no"'),
+    ],
+}
+
+
+def test_two_thousand_generated_files_lose_no_row(tmp_path):
+    rng = random.Random(4)
+    for number in range(2000):
+        ending = rng.choice(["txt", "jsonl", "csv"])
+        common = ROWS[ending][:-1]
+        chosen = [ROWS[ending][0], *(ROWS[ending][-1] if rng.random() < 0.01 else rng.choice(common) for _ in range(rng.randrange(7)))]
+        rng.shuffle(chosen)
+        newline = rng.choice([b"\n", b"\r\n"])
+        lines = [line for line, _ in chosen]
+        data = newline.join([b"prompt,family", *lines] if ending == "csv" else lines) + rng.choice([b"", newline])
+        rows = read(tmp_path, f"{number % 3}.{ending}", rng.choice([b"", b"\xef\xbb\xbf"]) + data)
+        assert [row.prompt for row in rows] == [prompt for _, prompt in chosen], data[:300]
+        assert all((row.prompt is None) != (row.problem is None) for row in rows)
+
+
+def test_a_family_is_read_where_there_is_one(tmp_path):
+    assert [row.family for row in read(tmp_path, "a.jsonl", b'{"prompt": "a", "family": "x"}\n{"prompt": "b"}\n"c"')] == ["x", None, None]
+    assert [row.family for row in read(tmp_path, "a.csv", b"prompt,family\na,x\nb,\n")] == ["x", ""]
