@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import memhook
-from memhook.bench.training import finetune, report, runs
+from memhook.bench.training import finetune, report, runs, signal
 from memhook.bench.training.judging import Judgment, dropped_figures
 from memhook.bench.training.overhead import Overhead
 from memhook.bench.training.recipe import WAYS, Data, Recipe, Way, ways
+from memhook.bench.training.signal import Signal
 from memhook.testbed import load_pipeline
 from memhook.training import FilterCalibration, FilterReport, KeyCount
 
@@ -104,7 +105,9 @@ def test_lines_are_means_and_deviations_over_seeds():
     filtered, plain = Way("tau", tau=3.0), Way("no filter")
     found = [runs.Run(plain, 0, judgment(0.8)), runs.Run(filtered, 0, judgment(0.2, 0.5)), runs.Run(plain, 1, judgment(0.6)),
              runs.Run(filtered, 1, judgment(0.4, 0.7))]  # fmt: skip
-    results = runs.Results(TOY, [judgment(0.1), judgment(0.3)], found, {"tau": 3.0}, Overhead(1.2, 1.1, 1.3, 0.9, 0.1, 1.01), [])
+    results = runs.Results(
+        TOY, [judgment(0.1), judgment(0.3)], found, {"tau": 3.0}, Overhead(1.2, 1.1, 1.3, 0.9, 0.1, 1.01), Signal(10, 20, 0.5, 0.06, 0.9, 0.8), []
+    )
     before, without, tau = report.lines(results)
     assert [line.way for line in (before, without, tau)] == ["before the fine-tune", "no filter", "tau (3)"]
     assert without.mean["similarity"] == pytest.approx(0.7)
@@ -112,6 +115,7 @@ def test_lines_are_means_and_deviations_over_seeds():
     assert without.mean["dropped"] is None
     assert tau.mean["dropped_planted"] == pytest.approx(0.6)
     assert report.about(results, 2).count("1.20") == 1
+    assert "50% of 10 presentations" in report.seen(results)
 
 
 @pytest.mark.parametrize(("change", "message"), [({"steps": 0}, "steps is 0"), ({"planted": 0}, "planted is 0"), ({"share": 1.0}, "share is 1.0")])
@@ -123,6 +127,7 @@ def test_sizes_out_of_range(change, message):
 def test_a_whole_run_at_toy_sizes_and_nothing_of_it_twice(tmp_path, monkeypatch, capsys):
     chosen = (WAYS[0], Way("calibrated", fpr=0.05), Way("random tokens", tokens=2))
     monkeypatch.setattr(report, "ways", lambda taus: chosen)
+    monkeypatch.setattr(signal, "_NOISES", 1)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench training: begin -->\n<!-- bench training: end -->\nafter\n")
 
@@ -133,6 +138,7 @@ def test_a_whole_run_at_toy_sizes_and_nothing_of_it_twice(tmp_path, monkeypatch,
     assert "simi" in capsys.readouterr().out  # folded on a narrow terminal
     monkeypatch.setattr(runs, "fine_tune", None)  # a second run must need none of these
     monkeypatch.setattr(runs, "overhead", None)
+    monkeypatch.setattr(runs, "signal", None)
     assert run() == first
 
     filtered = first.runs[1].judgment
@@ -141,6 +147,8 @@ def test_a_whole_run_at_toy_sizes_and_nothing_of_it_twice(tmp_path, monkeypatch,
     assert -1 <= filtered.similarity <= 1
     assert first.start[0].clean_loss > 0
     assert first.overhead.denoiser > 1  # one pass more
+    assert first.signal.memorized == 72
+    assert first.signal.auc > 0.5  # the filter tells what is memorized from what is clean
     rows = list(csv.DictReader((tmp_path / "out" / "training.csv").read_text().splitlines()))
     assert [row["way"] for row in rows] == ["before the fine-tune", "no filter", "calibrated", "random tokens"]
     assert json.loads((tmp_path / "out" / "training.json").read_text())["runs"][1]["way"] == "calibrated"

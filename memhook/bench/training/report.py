@@ -80,6 +80,16 @@ def about(results: Results, seeds: int) -> str:
     )
 
 
+def seen(results: Results) -> str:
+    """The sentence about pairs that are memorized already."""
+    found = results.signal
+    return (
+        f"Before the fine-tune, at the noisy samples of training: {found.flagged:.0%} of {found.memorized} presentations of the bundled model's "
+        f"verbatim memorized pairs are above the calibrated threshold of 5%, and {found.flagged_clean:.1%} of {found.clean} presentations of other "
+        f"clean pairs. Magnitude over threshold tells them apart with an AUC of {found.auc:.3f}, the magnitude alone with {found.auc_number:.3f}."
+    )
+
+
 def write(out: Path, results: Results, seeds: int) -> None:
     """``training.csv``, ``training.json``, ``training-dropped.csv`` and ``training.svg``."""
     table = lines(results)
@@ -89,7 +99,7 @@ def write(out: Path, results: Results, seeds: int) -> None:
     runs = [{"way": run.way.name, "seed": run.seed, **asdict(run.judgment)} for run in results.runs]
     whole = {
         "recipe": asdict(results.recipe), "seeds": seeds, "taus": results.taus, "overhead": asdict(results.overhead),
-        "before": [asdict(judgment) for judgment in results.start], "runs": runs, "dropped": results.dropped,
+        "signal": asdict(results.signal), "before": [asdict(judgment) for judgment in results.start], "runs": runs, "dropped": results.dropped,
     }  # fmt: skip
     write_text(out / "training.json", json.dumps(whole, indent=2) + "\n")
     replace_file(out / "training.svg", lambda temporary: _plot(temporary, table))
@@ -148,6 +158,7 @@ def run_training_bench(
         "A fine-tune of the bundled model", [("way", ""), *((title, "right") for title in _COLUMNS)], [_cells(line) for line in lines(results)]
     )  # fmt: skip
     shown.text(about(results, seeds))
+    shown.text(seen(results))
     if out is not None:
         write(out, results, seeds)
         console.print(f"wrote training.csv, training.json, training-dropped.csv and training.svg to {out}", soft_wrap=True)

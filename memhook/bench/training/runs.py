@@ -15,6 +15,7 @@ from memhook.bench.training.finetune import Model, Steps, fine_tune, observe
 from memhook.bench.training.judging import Judgment, judge
 from memhook.bench.training.overhead import Overhead, overhead
 from memhook.bench.training.recipe import Data, Recipe, Way
+from memhook.bench.training.signal import Signal, signal
 from memhook.files import write_text
 from memhook.fingerprint import fingerprint
 from memhook.testbed.bundle import load_pipeline
@@ -44,6 +45,7 @@ class Results:
         runs: Way by way, seed by seed.
         taus: The number behind each way with one, by its name.
         overhead: What the filter costs.
+        signal: What it sees of pairs that the model has memorized before.
         dropped: The first seed's most suspicious samples: way, place, key, judged, dropped, mean excess.
     """
 
@@ -52,6 +54,7 @@ class Results:
     runs: list[Run]
     taus: dict[str, float]
     overhead: Overhead
+    signal: Signal
     dropped: list[dict[str, Any]]
 
 
@@ -77,8 +80,9 @@ def run_all(work: Path, recipe: Recipe, ways: Sequence[Way], *, seeds: int, roun
             if seed == 0:
                 dropped += [{"way": way.name, **row} for row in found["dropped"]]
     cost = Overhead(**kept(["overhead", rounds, torch.get_num_threads()], lambda: asdict(overhead(model, recipe, calibration, rounds=rounds))))
+    known = Signal(**kept(["signal"], lambda: asdict(signal(model, recipe, calibration))))
     taus = {way.name: way.tau if way.quantile is None else _quantile(calibration, way.quantile) for way in ways if way.fpr is None and way.filters}
-    return Results(recipe, start, runs, {name: tau for name, tau in taus.items() if tau is not None}, cost, dropped)
+    return Results(recipe, start, runs, {name: tau for name, tau in taus.items() if tau is not None}, cost, known, dropped)
 
 
 def _quantile(calibration: FilterCalibration, quantile: float) -> float:
