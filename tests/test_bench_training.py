@@ -106,7 +106,13 @@ def test_lines_are_means_and_deviations_over_seeds():
     found = [runs.Run(plain, 0, judgment(0.8)), runs.Run(filtered, 0, judgment(0.2, 0.5)), runs.Run(plain, 1, judgment(0.6)),
              runs.Run(filtered, 1, judgment(0.4, 0.7))]  # fmt: skip
     results = runs.Results(
-        TOY, [judgment(0.1), judgment(0.3)], found, {"tau": 3.0}, Overhead(1.2, 1.1, 1.3, 0.9, 0.1, 1.01), Signal(10, 20, 0.5, 0.06, 0.9, 0.8), []
+        TOY,
+        [judgment(0.1), judgment(0.3)],
+        found,
+        {"tau": 3.0},
+        Overhead(1.2, 1.1, 1.3, 0.9, 0.1, 1.01),
+        Signal(10, 20, 0.5, 0.06, 0.9, 0.8, [500.0], [0.6, 1.0], [0.1, 0.9]),
+        [],
     )
     before, without, tau = report.lines(results)
     assert [line.way for line in (before, without, tau)] == ["before the fine-tune", "no filter", "tau (3)"]
@@ -116,6 +122,7 @@ def test_lines_are_means_and_deviations_over_seeds():
     assert tau.mean["dropped_planted"] == pytest.approx(0.6)
     assert report.about(results, 2).count("1.20") == 1
     assert "50% of 10 presentations" in report.seen(results)
+    assert report.seen(results).endswith("below 500 0.60, 10%; from 500 1.00, 90%.")
 
 
 @pytest.mark.parametrize(("change", "message"), [({"steps": 0}, "steps is 0"), ({"planted": 0}, "planted is 0"), ({"share": 1.0}, "share is 1.0")])

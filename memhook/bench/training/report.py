@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file, write_text
+
+if TYPE_CHECKING:
+    from memhook.bench.training.signal import Signal
 
 _COLUMNS = ("similarity", "copies", "detection AUC", "agreement", "clean loss", "dropped: planted / fresh", "AUC: order / excess")
 
@@ -86,8 +90,16 @@ def seen(results: Results) -> str:
     return (
         f"Before the fine-tune, at the noisy samples of training: {found.flagged:.0%} of {found.memorized} presentations of the bundled model's "
         f"verbatim memorized pairs are above the calibrated threshold of 5%, and {found.flagged_clean:.1%} of {found.clean} presentations of other "
-        f"clean pairs. Magnitude over threshold tells them apart with an AUC of {found.auc:.3f}, the magnitude alone with {found.auc_number:.3f}."
+        f"clean pairs. Magnitude over threshold tells them apart with an AUC of {found.auc:.3f}, the magnitude alone with {found.auc_number:.3f}. "
+        f"By timestep, {_bins(found)}."
     )
+
+
+def _bins(found: Signal) -> str:
+    edges = [f"{edge:.0f}" for edge in found.edges]
+    spans = ["all", *[f"from {edge}" for edge in edges]] if not edges else [f"below {edges[0]}", *[f"from {edge}" for edge in edges]]
+    figures = zip(spans, found.auc_bins, found.flagged_bins, strict=True)
+    return "AUC and share flagged: " + "; ".join(f"{span} {auc:.2f}, {flagged:.0%}" for span, auc, flagged in figures)
 
 
 def write(out: Path, results: Results, seeds: int) -> None:
@@ -133,7 +145,7 @@ def _plot(path: Path, table: Sequence[Line]) -> None:
             axes.errorbar(
                 mean["similarity"], mean[key], xerr=deviation["similarity"], yerr=deviation[key], marker=kind, capsize=2, label=line.way
             )  # fmt: skip
-        axes.set(xlabel="similarity of planted captions' pictures to the training picture", ylabel=title)
+        axes.set(xlabel="similarity to the training picture", ylabel=title)
         axes.spines[["top", "right"]].set_visible(False)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8)

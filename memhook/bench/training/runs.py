@@ -80,7 +80,7 @@ def run_all(work: Path, recipe: Recipe, ways: Sequence[Way], *, seeds: int, roun
             if seed == 0:
                 dropped += [{"way": way.name, **row} for row in found["dropped"]]
     cost = Overhead(**kept(["overhead", rounds, torch.get_num_threads()], lambda: asdict(overhead(model, recipe, calibration, rounds=rounds))))
-    known = Signal(**kept(["signal"], lambda: asdict(signal(model, recipe, calibration))))
+    known = Signal(**kept(["signal by bins"], lambda: asdict(signal(model, recipe, calibration))))
     taus = {way.name: way.tau if way.quantile is None else _quantile(calibration, way.quantile) for way in ways if way.fpr is None and way.filters}
     return Results(recipe, start, runs, {name: tau for name, tau in taus.items() if tau is not None}, cost, known, dropped)
 

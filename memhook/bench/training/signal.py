@@ -35,6 +35,9 @@ class Signal:
         flagged_clean: The same of the clean ones; what the calibration promises to be 5%.
         auc: How well magnitude / threshold tells a memorized presentation from a clean one.
         auc_number: How well the magnitude alone does, which is what one number for all timesteps goes by.
+        edges: ``(k - 1,)``: the calibration's inner edges between bins of timesteps.
+        auc_bins: ``(k,)``: the AUC within each bin.
+        flagged_bins: ``(k,)``: the share of memorized presentations in each bin that are flagged.
     """
 
     memorized: int
@@ -43,6 +46,9 @@ class Signal:
     flagged_clean: float
     auc: float
     auc_number: float
+    edges: list[float]
+    auc_bins: list[float]
+    flagged_bins: list[float]
 
 
 def signal(model: Model, recipe: Recipe, calibration: FilterCalibration) -> Signal:
@@ -52,14 +58,24 @@ def signal(model: Model, recipe: Recipe, calibration: FilterCalibration) -> Sign
     own = [pairs[start : start + recipe.batch] for start in range(0, len(pairs), recipe.batch)]
     clean = [data.clean_batch(recipe.observed + number) for number in range(recipe.observed)]  # after those of the calibration
     threshold = calibration.threshold(fpr=_RATE)
-    magnitudes, excess = [], []
+    magnitudes, excess, places = [], [], []
     for seed, batches in enumerate((own, clean)):
         timesteps, norms = _observed(model, batches, seed=seed)
         magnitudes.append(norms)
         excess.append(norms / threshold(torch.from_numpy(timesteps)).numpy())
+        places.append(np.searchsorted(calibration.edges, timesteps, side="right"))
+    parts = [[values[place == number] for values, place in zip(excess, places, strict=True)] for number in range(len(calibration.edges) + 1)]
     return Signal(
-        len(excess[0]), len(excess[1]), float(np.mean(excess[0] > 1)), float(np.mean(excess[1] > 1)), roc_auc(*excess), roc_auc(*magnitudes)
-    )  # fmt: skip
+        memorized=len(excess[0]),
+        clean=len(excess[1]),
+        flagged=float(np.mean(excess[0] > 1)),
+        flagged_clean=float(np.mean(excess[1] > 1)),
+        auc=roc_auc(*excess),
+        auc_number=roc_auc(*magnitudes),
+        edges=list(calibration.edges),
+        auc_bins=[roc_auc(*part) for part in parts],
+        flagged_bins=[float(np.mean(part[0] > 1)) for part in parts],
+    )
 
 
 def _observed(model: Model, batches: Iterable[Sequence[Pair]], *, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
