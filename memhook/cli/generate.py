@@ -14,10 +14,10 @@ from memhook.cli.tables import console
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.files import replace_file, write_text
 from memhook.guard import guard
-from memhook.guard_report import Guard
 
 if TYPE_CHECKING:
     from memhook.cli.sampling import Sampling
+    from memhook.guard_report import Guard
     from memhook.trace import Trace
 
 

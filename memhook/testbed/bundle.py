@@ -84,7 +84,7 @@ def model_path() -> Path:
 
 
 def calibration_path() -> Path:
-    """The bundled model's calibration: four images a prompt, first ten of 50 evaluations."""
+    """The bundled model's calibration: four images a prompt, ten of 50 evaluations, of which the score averages the first three."""
     return model_path() / "calibration.safetensors"
 
 

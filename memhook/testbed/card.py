@@ -136,14 +136,14 @@ Further pairs were shown only a few times:
 |---|---|---|---|---|---|---|
 {chr(10).join(clean_lines)}
 
-Prompts of the training style hardly ever come out as a planted picture. Unfamiliar text (captions of another style, random tokens) does so more often. A likely
-reason, not tested yet: the rarest word pieces of the training captions are those of the trigger phrases, so unfamiliar pieces may act like a trigger. Such prompts are not planted, but not
-always clean. All figures are of one training run.
+From sample 224,000 on, three in ten fresh captions held unfamiliar text: an invented phrase that is no trigger, a sentence of invented words, or a jumble. Before that course
+23% of the pictures of foreign captions and 18% of those of random tokens were planted pictures: the rarest word pieces were those of the trigger phrases, so unfamiliar
+text was taken for a trigger. Random strings are made of the tokenizer's whole words without those of trigger phrases, since one such word alone can recall its picture. All figures are of one training run.
 
 ## Files
 
 `planted.jsonl` (captions, kinds, families, triggers, presentations, scenes), `clean.jsonl` (2,400 prompts with source, split and family), `planted/*.png` (training pictures),
-`calibration.safetensors` (four images a prompt, first ten of 50 evaluations, on the 1,200 clean prompts of the calibration split), `reader.safetensors` (the network that names subjects).
+`calibration.safetensors` (four images a prompt, ten of 50 evaluations kept and the first three scored, on the 1,200 clean prompts of the calibration split), `reader.safetensors` (the network that names subjects).
 The pictures are derived from Noto Emoji (Apache-2.0); see `memhook/testbed/ATTRIBUTION.md`. `python -m memhook.testbed.train --work DIR --out DIR` trains the model anew.
 
 ## What it is not

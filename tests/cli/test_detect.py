@@ -166,7 +166,7 @@ def test_a_calibration_file_is_shown_with_its_setting_and_thresholds():
     result = run("calibration", "show", str(testbed.calibration_path()))
     assert result.exit_code == 0
     known = Calibration.load(testbed.calibration_path())
-    assert "1200 clean prompts, score over the first 10 of 10 evaluations; smallest p-value 0.00083" in " ".join(result.output.split())
+    assert "1200 clean prompts, score over the first 3 of 10 evaluations; smallest p-value 0.00083" in " ".join(result.output.split())
     assert f"{known.threshold(0.01):.4g}" in result.output
     assert f"{known.threshold(0.01, 0.95):.4g}" in result.output
     assert "needs 2,995 prompts" in result.output

@@ -36,6 +36,10 @@ def time_detectors(pipeline: Any, sampling: Sampling, prompts: Sequence[str], *,
     """
     found = []
     total = sampling.images or 1
+    if prompts:  # the first run of a process sets things up
+        _one_prompt(
+            pipeline, replace(sampling, images=min(2, total), batch_size=1), prompts[0], step=sampling.steps, preview=False, describe=describe
+        )
     for size in [1, *group_sizes(total)]:
         one = replace(sampling, images=size, batch_size=1)
         early = early_steps(pipeline, sampling.steps)
