@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from memhook.testbed.plan import Source
 
 SEED = 33_000_000
-_SOURCES: tuple[Source, ...] = ("once", "held-out", "foreign", "random")
+SOURCES: tuple[Source, ...] = ("once", "held-out", "foreign", "random")
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,26 @@ class GuardedRow:
     pictures_flagged: int
 
 
-def guarded_rows(pipeline: Any, *, per_source: int, fpr: float = 0.01, track: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[GuardedRow]:
+def guarded_rows(
+    pipeline: Any, *, per_source: int, sources: Sequence[Source] = SOURCES, fpr: float = 0.01, track: Callable[[Sequence[int]], Iterable[int]] = iter
+) -> list[GuardedRow]:
     """Run batches of one clean test prompt of each source and one memorized prompt, without and with a mitigating guard.
 
     Args:
         pipeline: The bundled model.
         per_source: Batches.
+        sources: Of the clean prompts.
         fpr: False-positive rate of the guard, which decides at the first evaluation.
         track: Wraps the batches, to show progress.
     """
-    found = {name: clean(split="test", source=name)[:per_source] for name in _SOURCES}
+    found = {name: clean(split="test", source=name)[:per_source] for name in sources}
     planted = memorized(kind="verbatim")[:per_source]
     if not 1 <= per_source <= len(planted):
         raise MemhookError(f"per-source is {per_source}; expected 1 to {len(planted)}")
     calibration = Calibration.load(calibration_path()).using(first=1)
     groups: dict[str, list[np.ndarray]] = {"clean": [], "memorized": []}  # rows (flagged, pictures changed)
     for number in track(range(per_source)):
-        batch = [*(found[name][number] for name in _SOURCES), planted[number]]
+        batch = [*(found[name][number] for name in sources), planted[number]]
 
         def run(batch: Sequence[Any] = batch, number: int = number) -> np.ndarray:
             generators = [torch.Generator().manual_seed(SEED + 100 * number + image) for image in range(len(batch) * IMAGES)]

@@ -27,6 +27,7 @@ from memhook.testbed.plan import planted
 
 if TYPE_CHECKING:
     from memhook.prediction import Evaluation
+    from memhook.testbed.measures import Reader
 
 BATCH = 32  # samples in one run of the sampler
 
@@ -136,6 +137,14 @@ def _captions() -> dict[str, Caption]:
     return {pair.id: pair.caption for pair in planted()}
 
 
+_known: dict[str, Tensor] = {}  # each prompt's training pictures, drawn once: the colorings of a template take a while
+
+
+@cache
+def _reader() -> Reader:
+    return load_reader()
+
+
 def fresh_caption(sample: Sample) -> str:
     """Another caption for the same subject and color, without the trigger phrase: what a user could have asked for instead."""
     caption = replace(_captions()[sample.prompt.id], trigger=None)
@@ -146,9 +155,11 @@ def fresh_caption(sample: Sample) -> str:
 def judge(pictures: Pictures, samples: Sequence[Sample]) -> Judged:
     """Compare every picture with its prompt's training picture and with its prompt's caption."""
     tensors = to_tensor(pictures.images)
-    known = {sample.prompt.id: training_pictures(sample.prompt) for sample in samples}
-    similarity = [float(copy_similarities(one[None], known[sample.prompt.id]).max()) for one, sample in zip(tensors, samples, strict=True)]
-    reading = load_reader()(tensors)
+    for sample in samples:
+        if sample.prompt.id not in _known:
+            _known[sample.prompt.id] = training_pictures(sample.prompt)
+    similarity = [float(copy_similarities(one[None], _known[sample.prompt.id]).max()) for one, sample in zip(tensors, samples, strict=True)]
+    reading = _reader()(tensors)
     alignment = []
     for subject, color, sample in zip(reading.subjects(), reading.colors(), samples, strict=True):
         named = _captions()[sample.prompt.id].color
