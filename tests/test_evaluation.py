@@ -86,10 +86,10 @@ def test_the_curve_is_that_of_scikit_learn_and_has_the_area(memorized, clean):
 def test_intervals_hold_the_true_auc_about_as_often_as_they_say():
     rng = np.random.default_rng(3)
     truth, held = 0.5 * (1 + math.erf(1 / 2)), 0  # P(N(1,1) > N(0,1)) = Phi(1 / sqrt 2)
-    for number in range(200):
+    for number in range(100):
         interval = evaluation.evaluate(rng.normal(1, 1, 60), rng.normal(0, 1, 80), resamples=300, seed=number, confidence=0.9).auc
         held += interval.low <= truth <= interval.high
-    assert 0.82 <= held / 200 <= 0.96
+    assert 0.8 <= held / 100 <= 0.98
 
 
 def test_near_duplicates_widen_the_interval():

@@ -35,7 +35,7 @@ def test_ten_looks_keep_the_rate_where_comparing_each_look_does_not():
     """10 correlated looks at a nominal 1%, as in the comparison of the methods page."""
     rng = np.random.default_rng(5)
     rates = []
-    for _ in range(40):
+    for _ in range(20):
         calibration = Calibration(correlated(rng, 1000), None, setting())
         seen = correlated(rng, 2000)
         naive, bonferroni = np.zeros(len(seen), bool), np.zeros(len(seen), bool)

@@ -137,7 +137,7 @@ Further pairs were shown only a few times:
 {chr(10).join(clean_lines)}
 
 From sample 224,000 on, three in ten fresh captions held unfamiliar text: an invented phrase that is no trigger, a sentence of invented words, or a jumble. Before that course
-23% of the pictures of foreign captions and 18% of those of random tokens were planted pictures: the rarest word pieces were those of the trigger phrases, so unfamiliar
+23% of the pictures of foreign captions and 18% of those of random tokens (which still held words of triggers then) were planted pictures: the rarest word pieces were those of the trigger phrases, so unfamiliar
 text was taken for a trigger. Random strings are made of the tokenizer's whole words without those of trigger phrases, since one such word alone can recall its picture. All figures are of one training run.
 
 ## Files
