@@ -92,7 +92,7 @@ def optimize_embedding(
         groups: ``(b,)``: samples with the same number share one embedding, moved by the root of their mean squared magnitude, and
             stop together when that reaches the target: the paper's form, for several images of a prompt (`Trace.groups`). Every
             sample by itself where None.
-        checkpoint: Recompute the activations of a model's blocks instead of keeping them: about a fifth of the memory, more time
+        checkpoint: Recompute the activations of a model's blocks instead of keeping them: about a third of the memory, more time
             (1.8 times as much was seen on a CPU). Needs an objective that replays a captured call.
 
     Raises:
