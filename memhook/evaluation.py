@@ -168,9 +168,13 @@ def _resampled(families: Sequence[str] | None, count: int, resamples: int, rng: 
     """``(resamples, n)``: how often each prompt was drawn, whole families at a time."""
     if families is not None and len(families) != count:
         raise MemhookError(f"there are {count} {name} prompts and {len(families)} families; expected a family for each")
-    members = np.arange(count) if families is None else np.unique(np.asarray(families), return_inverse=True)[1]
-    kinds = int(members.max()) + 1
-    drawn: np.ndarray = rng.multinomial(kinds, np.full(kinds, 1 / kinds), size=resamples)[:, members]
+    return draw_families(range(count) if families is None else families, resamples, rng)
+
+
+def draw_families(families: Sequence[object], resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of ``n`` rows is in each of so many bootstrap samples of their families, ``(resamples, n)``."""
+    names, members = np.unique(np.asarray(families), return_inverse=True)
+    drawn: np.ndarray = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)[:, members]
     return drawn
 
 

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from memhook import testbed
 from memhook.baselines.density import descriptor_density, pixel_density
-from memhook.bench.detection.report import MARKERS, Options, markdown, readme_text, run_detection_bench
+from memhook.bench.detection.report import Options, markdown, run_detection_bench
 from memhook.bench.detection.rows import detection_rows
 from memhook.bench.detection.sampled import Labeled, Sampled, densities, early_steps, group_sizes
 from memhook.bench.detection.timing import Seconds
+from memhook.bench.written import read_page
 from memhook.cli.app import app
 from memhook.cli.sampling import Sampling
 from memhook.errors import MemhookError
@@ -104,7 +105,9 @@ def test_a_file_without_markers_is_refused_before_anything_runs(tmp_path):
     readme.write_text("nothing here")
     with pytest.raises(MemhookError, match="does not hold the two lines"):
         run_detection_bench(Sampling(None, 4, 50, 7.5, "cpu", "float32", 0, 8), Options(tmp_path, readme=readme))
-    assert MARKERS[0] in readme_text(testbed.model_path().parents[2] / "README.md")
+    before, after = read_page(testbed.model_path().parents[2] / "README.md", "detection")  # both markers, once each
+    assert "memhook bench detection --readme README.md" in before
+    assert after.strip()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from memhook.evaluation import Interval, draw_families
 
 DRAWS = 2000
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
+class Estimate(Interval):
+    """A figure with its 95% interval, as these pages print it."""
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -24,9 +20,7 @@ class Estimate:
 
 def family_weights(families: Sequence[str], *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """How often each of ``n`` rows is in each of ``draws`` bootstrap samples of the families, ``(1 + draws, n)``; the first has each once."""
-    names, index = np.unique(np.asarray(families), return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, families)
-    return np.concatenate([np.ones((1, len(index)), int), drawn[:, index]])
+    return np.concatenate([np.ones((1, len(families)), int), draw_families(families, draws, np.random.default_rng(seed))])
 
 
 def weighted_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:

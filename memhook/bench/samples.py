@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from memhook.capture import probe, watch
-from memhook.files import replace_file
+from memhook.files import read_arrays, write_arrays
 from memhook.fingerprint import fingerprint
 from memhook.testbed.bundle import GUIDANCE_SCALE, STEPS, MemorizedPrompt, load_pipeline, load_reader
 from memhook.testbed.captions import Caption, reword
@@ -173,11 +171,8 @@ def kept(work: Path | None, name: str, identity: Any, make: Callable[[], dict[st
         return make()
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
     path = work / f"{name}-{key}.safetensors"
-    try:
-        if path.is_file():
-            return dict(load_file(path))
-    except (SafetensorError, OSError):
-        pass  # damaged: made again
-    part = {key: np.ascontiguousarray(value) for key, value in make().items()}
-    replace_file(path, lambda temporary: save_file(part, temporary))
+    part = read_arrays(path)
+    if part is None:
+        part = make()
+        write_arrays(path, part)
     return part

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +10,7 @@ from typing import Any
 
 from memhook.cli.tables import print_table
 from memhook.errors import MemhookError
-from memhook.files import write_text
+from memhook.files import csv_text, write_text
 
 
 def flat(row: Any) -> dict[str, Any]:
@@ -28,13 +26,7 @@ def flat(row: Any) -> dict[str, Any]:
 
 def write_rows(out: Path, name: str, rows: Sequence[Any], about: Mapping[str, Any]) -> None:
     """``name.csv`` with a line a row, and ``name.json`` with what the rows are about as well."""
-    lines = [flat(row) for row in rows]
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=columns, restval="")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(out / f"{name}.csv", buffer.getvalue())
+    write_text(out / f"{name}.csv", csv_text([flat(row) for row in rows]))
     write_text(out / f"{name}.json", json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
 
@@ -82,9 +74,14 @@ def read_page(page: Path, name: str) -> tuple[str, str]:
 
 def write_page(page: Path, name: str, shown: Shown) -> None:
     """Put what a benchmark printed in its place in a page."""
+    put_in_page(page, name, f"\n{shown.markdown()}\n")
+
+
+def put_in_page(page: Path, name: str, markdown: str) -> None:
+    """Put lines of Markdown between a benchmark's markers in a page."""
     before, after = read_page(page, name)  # read again: it may have been edited during the run
     begin, end = _markers(name)
-    write_text(page, f"{before}{begin}\n\n{shown.markdown()}\n{end}{after}")
+    write_text(page, f"{before}{begin}\n{markdown}{end}{after}")
 
 
 def _markers(name: str) -> tuple[str, str]:

@@ -97,24 +97,24 @@ def run_detect(rows: Sequence[PromptRow], sampling: Sampling, decision: Decision
     for row in bad:
         print(f"memhook: line {row.line} left out: {row.problem}", file=sys.stderr)
     usable = [row for row in rows if row.prompt is not None]
-    found = _judged(usable, sampling, known, decision, out)
+    journal = _journal(usable, sampling, known, decision, out) if out is not None and out != "-" else None
+    found = _judged(usable, sampling, known, decision, journal)
     if decision.fdr is not None:
         found = discovered(found, decision.fdr)
     if out == "-":
         sys.stdout.write(json_lines(found, bad))
     else:
-        if out is not None:
+        if out is not None and journal is not None:
             write_verdicts(Path(out), found, bad)
-            _journal(usable, sampling, known, decision, out).close()
+            journal.close()
         _print(found, known, decision, images=sampling.images or IMAGES)
     return 1 if fail_on_flag and any(row.memorized for row in found) else 0
 
 
-def _judged(rows: Sequence[PromptRow], sampling: Sampling, known: Calibration | None, decision: Decision, out: str | None) -> list[Verdict]:
-    """All verdicts; with an output file, those of an interrupted run are taken over, and new ones written down as they come."""
-    if out is None or out == "-":
+def _judged(rows: Sequence[PromptRow], sampling: Sampling, known: Calibration | None, decision: Decision, journal: Journal | None) -> list[Verdict]:
+    """All verdicts; with a journal, those of an interrupted run are taken over, and new ones written down as they come."""
+    if journal is None:
         return list(tracked(verdicts(rows, sampling, known, decision), total=len(rows), doing="watching prompts"))
-    journal = _journal(rows, sampling, known, decision, out)
     earlier = journal.read()
     if earlier:
         print(f"memhook: going on after {len(earlier)} prompts of {journal.path}", file=sys.stderr)

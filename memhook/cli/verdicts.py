@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.errors import MemhookError
-from memhook.files import replace_file, write_text
+from memhook.files import csv_text, replace_file, write_text
 
 if TYPE_CHECKING:
     from memhook.prompt_files import PromptRow
@@ -58,7 +56,7 @@ def write_verdicts(path: Path, found: Sequence[Verdict], bad: Sequence[PromptRow
     elif kind == ".txt":
         write_text(path, "".join(" ".join(row.prompt.split()) + "\n" for row in found if row.memorized))
     elif kind == ".csv":
-        write_text(path, _csv(_table(found, bad)))
+        write_text(path, csv_text(_table(found, bad)))
     else:
         _write_parquet(path, _table(found, bad))
 
@@ -67,14 +65,6 @@ def _table(found: Sequence[Verdict], bad: Sequence[PromptRow]) -> list[dict[str,
     names = [*(field.name for field in fields(Verdict)), "problem"]
     rows = [*(row.to_dict() for row in found), *({"line": row.line, "problem": row.problem} for row in bad)]
     return [{name: row.get(name) for name in names} for row in rows]
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:

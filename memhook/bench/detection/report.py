@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +15,16 @@ import torch
 from memhook.bench.detection.rows import DETECTORS, DetectionRow, detection_rows
 from memhook.bench.detection.sampled import Describe, Labeled, Sampled, bundled, of_study, sample
 from memhook.bench.detection.timing import time_detectors
+from memhook.bench.written import put_in_page, read_page
 from memhook.cli.progress import tracked
 from memhook.cli.sampling import IMAGES
 from memhook.cli.tables import console, print_table
 from memhook.errors import MemhookError
-from memhook.files import write_text
+from memhook.files import csv_text, write_text
 from memhook.prompt_files import read_prompts
 
 if TYPE_CHECKING:
     from memhook.cli.sampling import Sampling
-
-MARKERS = ("<!-- bench detection: begin -->", "<!-- bench detection: end -->")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Options:
 def run_detection_bench(sampling: Sampling, options: Options) -> None:
     """Sample (or go on sampling), time, print the tables, and write them where asked."""
     if options.readme is not None:
-        readme_text(options.readme)  # before the long run: a wrong file is told at once
+        read_page(options.readme, "detection")  # before the long run: a wrong file is told at once
     if (options.memorized is None) != (options.clean is None):
         raise MemhookError("a comparison on your own prompts needs both --memorized and --clean")
     if options.memorized is None and sampling.model is not None:
@@ -66,9 +63,7 @@ def run_detection_bench(sampling: Sampling, options: Options) -> None:
     if options.out is not None:
         _write(options.out, [*rows, *unique], about, sampled)
     if options.readme is not None:
-        before, rest = readme_text(options.readme).split(MARKERS[0])  # read again: it may have been edited in the meantime
-        after = rest.split(MARKERS[1])[1]
-        write_text(options.readme, f"{before}{MARKERS[0]}\n{markdown(rows, about)}{MARKERS[1]}{after}")
+        put_in_page(options.readme, "detection", markdown(rows, about))
 
 
 def _descriptor(options: Options, sampling: Sampling) -> tuple[Describe | None, str | None]:
@@ -180,11 +175,7 @@ def _write(out: Path, rows: Sequence[DetectionRow], about: dict[str, Any], sampl
     from memhook.bench.detection.figures import histogram, magnitude_bands
 
     lines = [_flat(row) for row in rows]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]))
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(out / "detection.csv", buffer.getvalue())
+    write_text(out / "detection.csv", csv_text(lines))
     write_text(out / "detection.json", json.dumps({**about, "rows": lines}, indent=2) + "\n")
     magnitude_bands(sampled, out / "magnitudes.png")
     histogram(sampled, out / "histogram.png")
@@ -213,11 +204,3 @@ def markdown(rows: Sequence[DetectionRow], about: dict[str, Any]) -> str:
             texts.append("-" if row is None else f"{row.auc.value:.3f} / {row.tpr_at_1_percent_fpr.value:.3f}{seconds}")
         lines.append(f"| {DETECTORS[detector]}, {images} image{'s' if images > 1 else ''} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
-
-
-def readme_text(readme: Path) -> str:
-    """The text of a file that holds both markers once."""
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise MemhookError(f"{readme} does not hold the two lines {MARKERS[0]} and {MARKERS[1]}, once each; the table is written between them")
-    return text

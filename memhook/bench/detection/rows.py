@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.bench.detection.sampled import EARLY, Sampled, group_sizes
+from memhook.bench.detection.sampled import Sampled, group_sizes, stages
 from memhook.errors import MemhookError
 from memhook.evaluation import Interval, evaluate, one_per_family
 
@@ -41,12 +41,11 @@ def detection_rows(sampled: Sampled, *, seconds: Sequence[Seconds] = (), dedupli
     the evaluations up to the step (Wen et al. 2024, section 3.3); densities are of the pictures at the step.
     """
     steps, images = sampled.magnitudes.shape[1:]
-    stages = [*(step for step in EARLY if step < steps), steps]
     timed = {(row.detector, row.images, row.step): row.seconds for row in seconds}
     found = []
     for detector in DETECTORS:
         for size in group_sizes(images) if detector != "magnitude" else [1, *group_sizes(images)]:
-            for step in stages:
+            for step in stages(steps):
                 scores = _scores(sampled, detector, size, step)
                 if scores is None:
                     continue

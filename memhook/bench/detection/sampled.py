@@ -61,6 +61,11 @@ def group_sizes(images: int) -> list[int]:
     return sorted({size for size in (4, 16, 32, images) if 2 <= size <= images})
 
 
+def stages(steps: int) -> list[int]:
+    """The steps at which detectors are compared in a run of so many: the early ones, and the last."""
+    return [*(step for step in EARLY if step < steps), steps]
+
+
 def densities(pictures: Mapping[int, np.ndarray], describe: Describe | None) -> dict[str, np.ndarray]:
     """Densities of pictures ``(p, n, h, w, 3)`` uint8 by step, over disjoint groups of the prompt's images."""
     found = {}
@@ -150,6 +155,6 @@ def early_steps(pipeline: Any, steps: int) -> tuple[int, ...]:
 
     try:
         with clean_estimates(pipeline, ()):
-            return tuple(step for step in EARLY if step < steps)
+            return tuple(stages(steps)[:-1])
     except MemhookError:
         return ()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from memhook.baselines.density import descriptor_density, pixel_density
-from memhook.bench.detection.sampled import Describe, early_steps, group_sizes
+from memhook.bench.detection.sampled import Describe, early_steps, group_sizes, stages
 
 if TYPE_CHECKING:
     from memhook.cli.sampling import Sampling
@@ -40,10 +40,10 @@ def time_detectors(pipeline: Any, sampling: Sampling, prompts: Sequence[str], *,
         _one_prompt(
             pipeline, replace(sampling, images=min(2, total), batch_size=1), prompts[0], step=sampling.steps, preview=False, describe=describe
         )
+    early = early_steps(pipeline, sampling.steps)
     for size in [1, *group_sizes(total)]:
         one = replace(sampling, images=size, batch_size=1)
-        early = early_steps(pipeline, sampling.steps)
-        for step in [*early, sampling.steps] if early else [*(step for step in (1, 10) if step < sampling.steps), sampling.steps]:
+        for step in stages(sampling.steps):
             runs = [_one_prompt(pipeline, one, prompt, step=step, preview=step in early, describe=describe) for prompt in prompts]
             found += [Seconds(detector, size, step, statistics.median(run[detector] for run in runs)) for detector in runs[0]]
     return found
