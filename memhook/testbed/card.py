@@ -136,8 +136,8 @@ Further pairs were shown only a few times:
 |---|---|---|---|---|---|---|
 {chr(10).join(clean_lines)}
 
-From sample 224,000 on, three in ten fresh captions held unfamiliar text: an invented phrase that is no trigger, a sentence of invented words, or a jumble. Before that course
-23% of the pictures of foreign captions and 18% of those of random tokens (which still held words of triggers then) were planted pictures: the rarest word pieces were those of the trigger phrases, so unfamiliar
+From sample 224,000 on, three in ten fresh captions held unfamiliar text: an invented phrase that is no trigger, a sentence of invented words, or a jumble. The card of the
+model before that course printed 22.8% matching pictures for captions of another style and 17.8% for random tokens (which then still held words of triggers): the rarest word pieces were those of the trigger phrases, so unfamiliar
 text was taken for a trigger. Random strings are made of the tokenizer's whole words without those of trigger phrases, since one such word alone can recall its picture. All figures are of one training run.
 
 ## Files
