@@ -17,7 +17,7 @@ from memhook.intervention import Substitution
 from memhook.pairs import PairRecorder, Prediction, find_timestep
 from memhook.trace import Row
 from memhook_diffusers.calls import Call, Conditioning, make_call
-from memhook_diffusers.layout import Layout, Reading
+from memhook_diffusers.layout import Layout, Numbers, Reading
 from memhook_diffusers.parts import space_of
 from memhook_diffusers.repairs import repaired
 from memhook_diffusers.replays import make_replay
@@ -160,17 +160,10 @@ class Run:
             layout.observe([observe_way(way, reading, target) for way, reading in zip(ways, readings, strict=True)], doubled)
         decide = layout.decide if given is None else lambda: given
         numbers = [reading.numbers() for reading in readings]
-        lone_samples = 2 * numbers[0].samples if doubled is not None else numbers[0].samples
-        lone_reason = self._why_missing(ways[0][-1][0].kwargs)
-
-        def settle(row: Row) -> bool:
-            decision = decide()
-            numbers[decision.reading].fill(row, decision)
-            if decision.cond is None:
-                row.samples = lone_samples
-                self._watcher.missing(f"{f'{self._name} {decision.reason}' if decision.reason else lone_reason}. {self._remedy}")
-            return decision.final
-
+        settle = _settling(
+            decide, numbers, samples=2 * numbers[0].samples if doubled is not None else numbers[0].samples, missing=self._watcher.missing,
+            name=self._name, reason=self._why_missing(ways[0][-1][0].kwargs), remedy=self._remedy,
+        )  # fmt: skip
         values = readings[0].predictions[0].values
         row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle)
         if self._watcher.wants_evaluations:
@@ -218,6 +211,22 @@ class Run:
         cond, uncond = predictions[decision.cond], predictions[decision.uncond]
         evaluation = self._recorder.evaluation(cond, uncond, space=space, roles=decision.roles, timestep=timestep)
         return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name))
+
+
+def _settling(
+    decide: Callable[[], Decision], numbers: Sequence[Numbers], *, samples: int, missing: Callable[[str], None], name: str, reason: str, remedy: str
+) -> Callable[[Row], bool]:
+    """What fills in a row once somebody asks. A row lives on with its trace, so this holds a few numbers and texts, and nothing of the run."""
+
+    def settle(row: Row) -> bool:
+        decision = decide()
+        numbers[decision.reading].fill(row, decision)
+        if decision.cond is None:
+            row.samples = samples
+            missing(f"{f'{name} {decision.reason}' if decision.reason else reason}. {remedy}")
+        return decision.final
+
+    return settle
 
 
 def _of_this_run(calls: Sequence[Call], scheduler: Any) -> list[Call]:

@@ -130,7 +130,9 @@ def observe_way(way: Cut, reading: Reading, target: Tensor) -> Observation:
         inputs += [hashes[prediction.rows] for prediction in found]
         modules += [id(call.module)] * len(found)
     stacked = torch.stack(inputs)
-    samples, whole = (sample_hashes(reading.predictions, whole=flag) for flag in (False, True))
+    samples = sample_hashes(reading.predictions, whole=False)
+    extra = any(found.sample is not None and found.sample.shape[1:] != found.values.shape[1:] for found in reading.predictions)
+    whole = sample_hashes(reading.predictions, whole=True) if extra else samples
     text = stacked if reading.text is None else reading.text
     return observe(
         reading.predictions,

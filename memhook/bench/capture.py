@@ -79,8 +79,13 @@ class _Naive:
             handle.remove()
 
 
-def random_pipeline(*, width: int = 192) -> Any:
-    """A Stable Diffusion pipeline around a random UNet of about 50 million parameters, with the bundled model's other parts."""
+def random_pipeline(*, width: int = 216, size: int = 16) -> Any:
+    """A Stable Diffusion pipeline around a random UNet of about 50 million parameters, with the bundled model's other parts.
+
+    Args:
+        width: Channels of the first block; 216 for 50 million parameters.
+        size: Height and width of the latents. Small ones make the rest of a step, and so what watching costs, weigh more.
+    """
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     from memhook import testbed
@@ -89,14 +94,14 @@ def random_pipeline(*, width: int = 192) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
-            sample_size=16,
+            sample_size=size,
             block_out_channels=(width, 2 * width),
             layers_per_block=2,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=128,
             attention_head_dim=8,
-            norm_num_groups=16,
+            norm_num_groups=8,
         )
     parts = {**bundled.components, "unet": unet.eval()}
     pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
@@ -129,7 +134,7 @@ def capture_rows(pipeline: Any, *, images: int, steps: int, rounds: int) -> list
 
     run()  # warm
     found = []
-    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"memhook.watch": lambda: watch(pipeline), "naive": _Naive(pipeline)}
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"memhook.watch": lambda: watch(pipeline), "naive": lambda: _Naive(pipeline)()}
     unwatched_reads, unwatched_syncs = _count(run, nullcontext, device)
     for name, way in ways.items():
         ratios = []

@@ -19,7 +19,7 @@ def run_capture_bench(*, rounds: int, images: int, steps: int, large: bool, devi
 
     if page is not None:
         read_page(page, "capture")  # before the long run: a wrong file is told at once
-    pipelines = [testbed.load_pipeline(), *([random_pipeline()] if large else [])]
+    pipelines = [testbed.load_pipeline(), *([random_pipeline(size=8)] if large else [])]
     with console.status("running watched and unwatched, by turns"):
         rows = [row for pipeline in pipelines for row in capture_rows(pipeline.to(device), images=images, steps=steps, rounds=rounds)]
     shown = Shown()
