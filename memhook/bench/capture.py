@@ -134,7 +134,11 @@ def capture_rows(pipeline: Any, *, images: int, steps: int, rounds: int) -> list
 
     run()  # warm
     found = []
-    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"memhook.watch": lambda: watch(pipeline), "naive": lambda: _Naive(pipeline)()}
+
+    def naive() -> AbstractContextManager[_Naive]:  # a fresh one each time: it keeps what it saw
+        return _Naive(pipeline)()
+
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {"memhook.watch": lambda: watch(pipeline), "naive": naive}
     unwatched_reads, unwatched_syncs = _count(run, nullcontext, device)
     for name, way in ways.items():
         ratios = []
