@@ -79,3 +79,21 @@ def test_pooled_text_that_nobody_mentioned_is_an_error():
     added = {"text_embeds": pooled, "time_ids": torch.ones(3, 6)}
     with pytest.raises(memhook.MemhookError, match="text_embeds"), memhook.training_filter(unet, null_embedding=NULL, threshold=1.0) as f:
         f.mean(unet(noisy, t, encoder_hidden_states=text, added_cond_kwargs=added).sample.square())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_judged_rows_are_cut_out_of_pooled_text_and_sizes_too(checkpointed):
+    unet = built(**POOLED)
+    if checkpointed:
+        unet.enable_gradient_checkpointing()
+    noisy, t, text, pooled = batch()
+    added = {"text_embeds": pooled, "time_ids": torch.arange(18.0).reshape(3, 6)}
+    found = {}
+    for timesteps in (None, (300, 999)):
+        null_arguments = {("added_cond_kwargs", "text_embeds"): NULL_POOLED}
+        with memhook.training_filter(unet, null_embedding=NULL, threshold=None, timesteps=timesteps, null_arguments=null_arguments) as f:
+            losses = unet(noisy, t, encoder_hidden_states=text, added_cond_kwargs=added).sample.square()
+            f.mean(losses, keys=[0, 1, 2]).backward()
+        found[timesteps] = {row.key: row.magnitude for row in f.report().rows}
+    assert f.report().passed == 2
+    assert found[300, 999] == pytest.approx({key: found[None][key] for key in (1, 2)}, rel=1e-4)

@@ -225,7 +225,7 @@ def test_many_drops_weigh_more_than_one_and_many_presentations_alone_weigh_nothi
         ("new", 1, 0, 1.0, 0.3),
     ]
     rows = [KeyCount(*count) for count in counts]
-    assert [row.key for row in ranked(rows)] == ["often", "once", "new", "seldom", "never"]
+    assert [row.key for row in ranked(rows)] == ["often", "once", "seldom", "new", "never"]
 
 
 def test_reports_of_two_ranks_add_up(tmp_path):
@@ -241,7 +241,10 @@ def test_reports_of_two_ranks_add_up(tmp_path):
     assert [(row.key, row.judged, row.dropped) for row in both.rows] == [("a", 2, 1), ("b", 1, 0), ("c", 1, 0)]
     assert both.rows[0].magnitude == pytest.approx((6 + 1) / 2)
     both.save(tmp_path / "dropped.csv")
-    assert (tmp_path / "dropped.csv").read_text().splitlines()[:2] == ["key,judged,dropped,share,magnitude,excess", "a,2,1,0.5,3.5,0.875"]
+    assert (tmp_path / "dropped.csv").read_text().splitlines()[:2] == [
+        "key,judged,dropped,share,at_least,magnitude,excess,remembered",
+        "a,2,1,0.5,0.120866,3.5,0.875,0",
+    ]
 
 
 def test_keys_may_be_a_tensor():

@@ -10,41 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import memhook
 from memhook.testing import tiny_unet
-from tests.training_models import NULL, Plain, embeddings, losses_of, pairs
+from tests.training_models import NULL, Plain, dropping, embeddings, gradients, losses_of, low_rank_unet, pairs
 
 NOTHING = torch.zeros(5, 6)  # the tiny UNet's null embedding
-
-
-class Dropping(nn.Module):
-    """A denoiser with dropout, normalization by batch, and layers enough to be checkpointed."""
-
-    def __init__(self, *, checkpointed=None, norm=True):
-        super().__init__()
-        self.enter, self.middle, self.leave = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4)
-        self.text, self.dropout, self.norm = nn.Linear(5, 16), nn.Dropout(0.3), nn.BatchNorm1d(16) if norm else nn.Identity()
-        self.checkpointed = checkpointed
-
-    def forward(self, sample, timestep, encoder_hidden_states):
-        hidden = self.enter(sample.flatten(1)) + self.text(encoder_hidden_states.mean(1)) + timestep[:, None] / 1000
-
-        def block(hidden):
-            return self.dropout(torch.tanh(self.middle(self.norm(hidden))))
-
-        if self.checkpointed is not None and torch.is_grad_enabled():
-            hidden = checkpoint(block, hidden, use_reentrant=self.checkpointed)
-        else:
-            hidden = block(hidden)
-        return self.leave(hidden).reshape(sample.shape)
-
-
-def dropping(**options):
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return Dropping(**options).train()
-
-
-def gradients(model):
-    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def backward(model, f=None, *, steps=2, around=lambda model: model):
@@ -242,27 +210,6 @@ def test_the_magnitude_is_in_the_unit_of_what_the_model_predicts(space):
         loss = f.mean((unet(noisy, t, text) - target).square())
     torch.testing.assert_close(loss, (unet(noisy, t, text) - target).square()[0].mean())
     assert seen[0].tolist() == t.tolist()
-
-
-class LowRank(nn.Module):
-    """A frozen linear layer with a trained low-rank detour, as peft's LoRA adds it."""
-
-    def __init__(self, base, rank=2):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.lora_down, self.lora_up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.lora_up(self.lora_down(x))
-
-
-def low_rank_unet():
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        unet = tiny_unet().requires_grad_(False)
-        for name in ("query", "key", "value"):
-            setattr(unet, name, LowRank(getattr(unet, name)))
-    return unet
 
 
 def test_only_the_adapters_of_a_frozen_model_are_trained():

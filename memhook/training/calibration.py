@@ -15,6 +15,7 @@ from torch import Tensor
 from memhook.calibration import calibrate
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.files import replace_file
+from memhook.training.timesteps import Span, as_span, inside
 
 if TYPE_CHECKING:
     import os
@@ -34,16 +35,19 @@ class BinnedThreshold:
             first or the last bin.
         values: ``(k,)``: the thresholds.
         shape: Of the sample that they hold for, without the batch; None where unknown.
+        span: Lowest and highest timestep that were judged, where that was a part of them; beyond it the threshold is infinite.
     """
 
     edges: tuple[float, ...]
     values: tuple[float, ...]
     shape: tuple[int, ...] | None = None
+    span: Span | None = None
 
     def __call__(self, timesteps: Tensor) -> Tensor:
         edges = torch.tensor(self.edges, dtype=torch.float32, device=timesteps.device)
         values = torch.tensor(self.values, dtype=torch.float32, device=timesteps.device)
-        return values[torch.bucketize(timesteps.float(), edges, right=True)]
+        found = values[torch.bucketize(timesteps.float(), edges, right=True)]
+        return found if self.span is None else torch.where(inside(timesteps, self.span), found, torch.inf)
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise where the samples have another shape: the magnitude is a norm, and grows with their size."""
@@ -57,6 +61,8 @@ class BinnedThreshold:
 class FilterCalibration:
     """Magnitudes of clean training pairs, in bins of timesteps that hold equally many of them.
 
+    A run that judged only some timesteps (``timesteps=``) has its bins inside of these.
+
     One entry is one *presentation*: a sample with one noise and one timestep. A rate read off these is a rate of presentations.
 
     Attributes:
@@ -64,6 +70,7 @@ class FilterCalibration:
         magnitudes: ``(n,)`` float32, finite.
         edges: ``(k - 1,)`` increasing: the inner edges of the ``k`` bins.
         shape: Of a sample, without the batch; None where unknown.
+        span: Lowest and highest timestep that were judged; None for all of them.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -77,9 +84,12 @@ class FilterCalibration:
     magnitudes: np.ndarray
     edges: tuple[float, ...]
     shape: tuple[int, ...] | None = None
+    span: Span | None = None
 
     @staticmethod
-    def fit(timesteps: ArrayLike, magnitudes: ArrayLike, *, bins: int = 10, shape: Sequence[int] | None = None) -> FilterCalibration:
+    def fit(
+        timesteps: ArrayLike, magnitudes: ArrayLike, *, bins: int = 10, shape: Sequence[int] | None = None, span: Span | None = None
+    ) -> FilterCalibration:  # fmt: skip
         """Divide clean presentations into bins of timesteps.
 
         Args:
@@ -87,6 +97,7 @@ class FilterCalibration:
             magnitudes: ``(n,)``, one for each timestep.
             bins: How many; fewer where many presentations share a timestep.
             shape: Of a sample, without the batch.
+            span: Lowest and highest timestep that are judged; None for all.
 
         Raises:
             CalibrationError: The two do not fit together, hold NaN, or there are fewer than bins.
@@ -100,7 +111,17 @@ class FilterCalibration:
             raise CalibrationError(f"{len(t)} presentations cannot be divided into {bins} bins; calibrate on more, or use fewer bins (at least 1)")
         edges = np.unique(np.quantile(t, np.arange(1, bins) / bins, method="higher"))
         edges = edges[edges > t.min()]  # nothing is below the first edge otherwise
-        return FilterCalibration(t, m, tuple(float(edge) for edge in edges), None if shape is None else tuple(int(size) for size in shape))
+        sizes = None if shape is None else tuple(int(size) for size in shape)
+        return FilterCalibration(t, m, tuple(float(edge) for edge in edges), sizes, None if span is None else as_span(span))
+
+    def within(self, low: float, high: float, *, bins: int = 5) -> FilterCalibration:
+        """The presentations with timesteps from ``low`` to ``high``, both included, in bins of their own.
+
+        Raises:
+            CalibrationError: There are fewer than bins.
+        """
+        chosen = (self.timesteps >= low) & (self.timesteps <= high)
+        return FilterCalibration.fit(self.timesteps[chosen], self.magnitudes[chosen], bins=bins, shape=self.shape, span=(low, high))
 
     def bins(self) -> list[np.ndarray]:
         """The magnitudes of each bin, in the order of timesteps."""
@@ -118,7 +139,7 @@ class FilterCalibration:
         """
         bins = self.bins()
         try:
-            return BinnedThreshold(self.edges, tuple(calibrate(magnitudes).threshold(fpr) for magnitudes in bins), self.shape)
+            return BinnedThreshold(self.edges, tuple(calibrate(magnitudes).threshold(fpr) for magnitudes in bins), self.shape, self.span)
         except CalibrationError as error:
             sizes = f"{len(bins)} bins hold {min(map(len, bins))} to {max(map(len, bins))} presentations each"
             raise CalibrationError(f"{sizes}: {error}. Fewer bins hold more presentations each") from error
@@ -127,7 +148,11 @@ class FilterCalibration:
         """Write one ``.safetensors`` file, whole or not at all."""
         from safetensors.numpy import save
 
-        about = {"format": _FORMAT, "shape": None if self.shape is None else list(self.shape)}
+        about = {
+            "format": _FORMAT,
+            "shape": None if self.shape is None else list(self.shape),
+            "span": None if self.span is None else list(self.span),
+        }
         tensors = {
             "timesteps": np.ascontiguousarray(self.timesteps, np.float32),
             "magnitudes": np.ascontiguousarray(self.magnitudes, np.float32),
@@ -161,15 +186,19 @@ class FilterCalibration:
             raise CalibrationError(f"{source} cannot be read as a calibration: {type(error).__name__}: {error}") from error
         if not found:
             raise CalibrationError(f"{source} is a safetensors file, but not a calibration of the format {_FORMAT}")
-        return _checked(source, found, about.get("shape"))
+        return _checked(source, found, about.get("shape"), about.get("span"))
 
 
-def _checked(source: Path, found: dict[str, np.ndarray], shape: Any) -> FilterCalibration:
+def _checked(source: Path, found: dict[str, np.ndarray], shape: Any, span: Any) -> FilterCalibration:
     """The calibration in a file that may hold anything."""
     t, m, edges = found["timesteps"], found["magnitudes"], found["edges"]
     whole = shape is None or (isinstance(shape, list) and all(type(size) is int for size in shape))
+    whole = whole and (
+        span is None or (isinstance(span, list) and len(span) == 2 and all(type(end) in (int, float) for end in span) and span[0] <= span[1])
+    )
     vectors = all(values.dtype == np.float32 and values.ndim == 1 and np.isfinite(values).all() for values in found.values())
     if not (whole and vectors and len(t) == len(m) > 0 and bool((np.diff(edges) > 0).all())):
         seen = ", ".join(f"{name} {values.dtype} {values.shape}" for name, values in found.items())
-        raise CalibrationError(f"{source} is damaged: it holds {seen}, and the shape {shape!r}; make the calibration again")
-    return FilterCalibration(t, m, tuple(float(edge) for edge in edges), None if shape is None else tuple(shape))
+        raise CalibrationError(f"{source} is damaged: it holds {seen}, the shape {shape!r} and the range {span!r}; make the calibration again")
+    sizes = None if shape is None else tuple(shape)
+    return FilterCalibration(t, m, tuple(float(edge) for edge in edges), sizes, None if span is None else as_span(span))

@@ -33,6 +33,7 @@ class LoopCall:
         random: The state of the random number generators before the pass.
         autocast: Whether autocast was on, and its dtype.
         training: Whether the denoiser was in training mode.
+        drew: Whether the pass drew random numbers (dropout).
     """
 
     args: tuple[Any, ...]
@@ -41,6 +42,7 @@ class LoopCall:
     random: RandomState
     autocast: tuple[bool, torch.dtype]
     training: bool
+    drew: bool
     versions: tuple[int | None, ...]
 
     def check_unchanged(self) -> None:
@@ -123,7 +125,8 @@ class LoopCalls:
         values = read_output(output)
         kind = values.device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        call = LoopCall(args, kwargs, values, self._random, autocast, module.training, _versions(args, kwargs))
+        drew = self._random.moved()
+        call = LoopCall(args, kwargs, values, self._random, autocast, module.training, drew, _versions(args, kwargs))
         if values.requires_grad:
             self._with_grad.append(call)
         else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memhook.errors import MemhookError
 from memhook.files import write_text
@@ -15,20 +16,20 @@ from memhook.files import write_text
 if TYPE_CHECKING:
     import os
 
-
-_PRIOR = 2  # presentations
+_Z = 1.6448536  # one-sided 95% of the normal distribution
 
 
 @dataclass(frozen=True)
 class KeyCount:
-    """The presentations of one sample in the training run, those without a magnitude left out.
+    """The presentations of one sample in the training run that say something about it.
 
     Attributes:
         key: As given to the filter.
-        judged: Presentations with a magnitude: conditional, at a step with an unconditional pass.
+        judged: Presentations with a magnitude: conditional, at a judged timestep, at a step with an unconditional pass.
         dropped: Those among them whose magnitude surpassed the threshold.
         magnitude: Mean magnitude over the judged presentations.
         excess: Mean of magnitude / threshold, which can be compared across timesteps; 0 where the threshold is infinite.
+        remembered: Further presentations that were left out because of earlier ones (``remember=``).
     """
 
     key: Hashable
@@ -36,11 +37,24 @@ class KeyCount:
     dropped: int
     magnitude: float
     excess: float
+    remembered: int = 0
 
     @property
     def share(self) -> float:
         """The share of judged presentations that were dropped."""
         return self.dropped / self.judged if self.judged else 0.0
+
+    @property
+    def at_least(self) -> float:
+        """What that share is at least, with 95% confidence (the lower end of Wilson's interval, 1927); few presentations say little.
+
+        >>> [round(KeyCount("a", judged, dropped, 5.0, 1.2).at_least, 2) for judged, dropped in [(1, 1), (3, 3), (30, 29), (30, 3)]]
+        [0.27, 0.53, 0.86, 0.04]
+        """
+        if not self.judged:
+            return 0.0
+        n, p, z2 = self.judged, self.share, _Z**2
+        return max(0.0, (p + z2 / (2 * n) - _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n))
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,8 @@ class FilterReport:
         dropped: Presentations over the threshold.
         wholly_dropped: Steps in which no sample was kept.
         nonfinite: Presentations kept for want of a finite magnitude (``on_nonfinite="keep"``).
+        remembered: Presentations that were not over the threshold (mostly not judged) and left out because of earlier ones.
+        passed: Presentations that went through an unconditional pass; over ``samples`` it is the cost in forward passes.
         rows: Counts of each key, most suspicious first; empty where no keys were given.
     """
 
@@ -65,41 +81,38 @@ class FilterReport:
     dropped: int = 0
     wholly_dropped: int = 0
     nonfinite: int = 0
+    remembered: int = 0
+    passed: int = 0
     rows: tuple[KeyCount, ...] = field(default=(), repr=False)
 
     def merged(self, other: FilterReport) -> FilterReport:
         """The counts of two ranks, or of two parts of a run, together."""
-        totals = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("steps", "passes", "samples", "judged", "dropped", "wholly_dropped", "nonfinite")
-        }
+        totals = {name: getattr(self, name) + getattr(other, name) for name in TOTALS}
         return replace(self, **totals, rows=ranked([*self.rows, *other.rows]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV, most suspicious first."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["key", "judged", "dropped", "share", "magnitude", "excess"])
-        writer.writerows([row.key, row.judged, row.dropped, f"{row.share:.6g}", f"{row.magnitude:.6g}", f"{row.excess:.6g}"] for row in self.rows)
+        writer.writerow(["key", "judged", "dropped", "share", "at_least", "magnitude", "excess", "remembered"])
+        for row in self.rows:
+            numbers = (row.share, row.at_least, row.magnitude, row.excess)
+            writer.writerow([row.key, row.judged, row.dropped, *(f"{number:.6g}" for number in numbers), row.remembered])
         write_text(Path(path), buffer.getvalue())
 
 
-def ranked(rows: Iterable[KeyCount]) -> tuple[KeyCount, ...]:
-    """Rows of equal keys added up, most suspicious first; where that is equal, the larger excess.
+TOTALS = tuple(part.name for part in fields(FilterReport) if part.name != "rows")
 
-    The order is that of the dropped share, drawn towards the share of all presentations as two further presentations would: a sample that
-    was seen once says less than one that was seen a hundred times, and to be seen often is not suspicious by itself.
+
+def ranked(rows: Iterable[KeyCount]) -> tuple[KeyCount, ...]:
+    """Rows of equal keys added up, most suspicious first: by `KeyCount.at_least`; where that is equal, by the larger excess.
+
+    A sample that was judged once says less than one that was judged often, and to be judged often is not suspicious by itself.
     """
     total: dict[Hashable, KeyCount] = {}
     for row in rows:
         total[row.key] = row if row.key not in total else _added(total[row.key], row)
-    judged = sum(row.judged for row in total.values())
-    usual = sum(row.dropped for row in total.values()) / judged if judged else 0.0
-
-    def suspicion(row: KeyCount) -> float:
-        return (row.dropped + _PRIOR * usual) / (row.judged + _PRIOR)
-
-    return tuple(sorted(total.values(), key=lambda row: (-suspicion(row), -row.excess, str(row.key))))
+    return tuple(sorted(total.values(), key=lambda row: (-row.at_least, -row.excess, str(row.key))))
 
 
 def _added(first: KeyCount, second: KeyCount) -> KeyCount:
@@ -109,8 +122,20 @@ def _added(first: KeyCount, second: KeyCount) -> KeyCount:
         return (a * first.judged + b * second.judged) / judged if judged else 0.0
 
     return KeyCount(
-        first.key, judged, first.dropped + second.dropped, mean(first.magnitude, second.magnitude), mean(first.excess, second.excess)
+        first.key, judged, first.dropped + second.dropped, mean(first.magnitude, second.magnitude), mean(first.excess, second.excess),
+        first.remembered + second.remembered,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Presented:
+    """One sample of a step: what the filter found and did."""
+
+    judged: bool
+    flagged: bool
+    remembered: bool
+    magnitude: float
+    limit: float
 
 
 class Counter:
@@ -118,32 +143,47 @@ class Counter:
 
     def __init__(self) -> None:
         self.totals = FilterReport()
-        self._keys: dict[Hashable, list[float]] = {}  # key -> judged, dropped, sum of magnitudes, sum of excesses
+        self._keys: dict[Hashable, list[float]] = {}  # key -> judged, dropped, sum of magnitudes, sum of excesses, remembered
 
-    def skip(self, samples: int) -> None:
-        """Count a step without an unconditional pass."""
-        self.totals = replace(self.totals, steps=self.totals.steps + 1, samples=self.totals.samples + samples)
-
-    def add(
-        self, keep: Sequence[bool], judged: Sequence[bool], magnitudes: Sequence[float], thresholds: Sequence[float], keys: Sequence[Hashable] | None
-    ) -> None:
-        """Count a step with its unconditional pass; a sample that is not judged has no magnitude."""
-        before, dropped = self.totals, len(keep) - sum(keep)
-        nonfinite = sum(not abs(m) < float("inf") for m in magnitudes)
+    def add(self, step: Sequence[Presented], keys: Sequence[Hashable] | None, *, passed: int) -> None:
+        """Count a step; ``passed`` samples went through the unconditional pass."""
+        before, out = self.totals, sum(sample.flagged or sample.remembered for sample in step)
         self.totals = FilterReport(
-            before.steps + 1, before.passes + 1, before.samples + len(keep), before.judged + sum(judged), before.dropped + dropped,
-            before.wholly_dropped + (dropped == len(keep)), before.nonfinite + nonfinite,
-        )  # fmt: skip
-        for key, kept, valid, m, limit in zip(keys or (), keep, judged, magnitudes, thresholds, strict=bool(keys)):
-            if valid:
-                row = self._keys.setdefault(key, [0, 0, 0.0, 0.0])
-                for place, value in enumerate((1, not kept, m, m / limit if limit else float(m > 0))):
+            before.steps + 1,
+            before.passes + (passed > 0),
+            before.samples + len(step),
+            before.judged + sum(sample.judged for sample in step),
+            before.dropped + sum(sample.flagged for sample in step),
+            before.wholly_dropped + (out == len(step)),
+            before.nonfinite + sum(not math.isfinite(sample.magnitude) for sample in step),
+            before.remembered + sum(sample.remembered for sample in step),
+            before.passed + passed,
+        )
+        for key, sample in zip(keys or (), step, strict=bool(keys)):
+            if sample.judged or sample.remembered:
+                row = self._keys.setdefault(key, [0, 0, 0.0, 0.0, 0])
+                m, limit = sample.magnitude, sample.limit
+                judged = (1, sample.flagged, m, m / limit if limit else float(m > 0)) if sample.judged else (0, 0, 0.0, 0.0)
+                for place, value in enumerate((*judged, sample.remembered)):
                     row[place] += value
 
     def report(self) -> FilterReport:
         """The counts so far."""
-        rows = (KeyCount(key, int(n), int(dropped), m / n, excess / n) for key, (n, dropped, m, excess) in self._keys.items())
+        rows = (
+            KeyCount(key, int(n), int(dropped), m / max(n, 1), excess / max(n, 1), int(remembered))
+            for key, (n, dropped, m, excess, remembered) in self._keys.items()
+        )
         return replace(self.totals, rows=ranked(rows))
+
+    def state(self) -> dict[str, object]:
+        """As plain lists and dicts."""
+        return {"totals": {name: int(getattr(self.totals, name)) for name in TOTALS}, "keys": [[key, *row] for key, row in self._keys.items()]}
+
+    def restore(self, totals: dict[str, int], keys: Iterable[Sequence[Any]]) -> None:
+        """Go on from what `state` gave."""
+        counts: dict[str, Any] = {name: int(totals[name]) for name in TOTALS}
+        self.totals = FilterReport(**counts)
+        self._keys = {key: [float(value) for value in row] for key, *row in keys}
 
 
 def check_keys(keys: Sequence[Hashable] | None, *, batch: int) -> list[Hashable] | None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from memhook.errors import MemhookError
-from memhook.prediction import magnitude
-from memhook.training.calibration import BinnedThreshold, FilterCalibration
-from memhook.training.calls import LoopCall, LoopCalls
-from memhook.training.counts import Counter, FilterReport, check_keys
-from memhook.training.masking import Normalize, check_finite, sample_losses, weighted_mean
-from memhook.training.thresholds import Threshold, as_schedule, thresholds_at
-from memhook.training.unconditional import NullTensor, UnconditionalPass, prediction_part, timesteps_of
+from memhook.training.calibration import FilterCalibration
+from memhook.training.calls import LoopCalls
+from memhook.training.counts import TOTALS, Counter, FilterReport, Presented, check_keys
+from memhook.training.masking import Normalize, sample_losses, weighted_mean
+from memhook.training.memory import Memory, News, all_ranks
+from memhook.training.options import Options
+from memhook.training.verdicts import Judge, Verdict
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,6 +26,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from memhook.replay import Path
+    from memhook.training.calls import LoopCall
+    from memhook.training.thresholds import Threshold
+    from memhook.training.timesteps import Timesteps
+    from memhook.training.unconditional import NullTensor
+
+_STATE = "memhook-training-filter-1"
 
 Log = Callable[[dict[str, float], int], object]
 
@@ -36,6 +41,8 @@ def training_filter(
     *,
     null_embedding: NullTensor,
     threshold: Threshold | None,
+    timesteps: Timesteps | None = None,
+    remember: int = 0,
     embedding: str | int | Path | None = None,
     null_arguments: Mapping[str | Path, NullTensor | None] | None = None,
     normalize: Normalize = "kept",
@@ -60,12 +67,18 @@ def training_filter(
             (for a text encoder that is trained too).
         threshold: The paper's tau, in the unit of the prediction: a number; a table ``(T,)`` over integer timesteps; a function of the
             timesteps ``(b,)``, on the CPU, such as `FilterCalibration.threshold` gives; None observes and drops nothing.
+        timesteps: Judge only presentations at these timesteps: ``(lowest, highest)``, both included, in the unit of the denoiser's timestep
+            argument (``(800, 999)``; ``(0.8, 1.0)`` for many flow models), or a function ``f(timesteps (b,)) -> (b,)`` bool. The pass is
+            then made for these rows of the batch alone, where the denoiser allows it, and not at all where there are none. None: all, or
+            those of the threshold, where it was calibrated on a part.
+        remember: Leave a sample out at *every* timestep while most of its latest so many verdicts were *flagged*: 1 goes by the latest
+            alone, so the sample is out until it is judged below the threshold again; 0 remembers nothing. Needs ``keys``.
         embedding: Where the embedding stands among the denoiser's arguments: a keyword, a position, or a tuple of keys into nested
             arguments; found by its usual names where None.
         null_arguments: For other arguments that carry the prompt, what stands there without one, by keyword or tuple of keys, such as
             ``{("added_cond_kwargs", "text_embeds"): pooled}``; None leaves an argument as it is.
         normalize: Divide by the number of kept samples (``"kept"``, as the paper does) or by the batch size (``"batch"``).
-        flagged_weight: The weight of flagged samples, 0 to 1: 0 drops them. Above 0 only with ``normalize="batch"``.
+        flagged_weight: The weight of flagged and remembered samples, 0 to 1: 0 drops them. Above 0 only with ``normalize="batch"``.
         fraction: The share of losses for which the pass is made, in (0, 1]; in the others every sample is kept. A memorized sample is then
             dropped this often at most, so the filter works that much more weakly.
         on_nonfinite: At a NaN or infinite magnitude raise, or keep the sample, whose loss will show it to a gradient scaler.
@@ -86,62 +99,30 @@ def training_filter(
     (0.0, 2)
     """
     return TrainingFilter(
-        denoiser, null_embedding=null_embedding, schedule=threshold, embedding=embedding, null_arguments=null_arguments or {},
-        options=_Options(normalize, flagged_weight, fraction, on_nonfinite, log_every), log=log,
+        denoiser, null_embedding=null_embedding, schedule=threshold, timesteps=timesteps, embedding=embedding,
+        null_arguments=null_arguments or {}, options=Options(normalize, flagged_weight, fraction, remember, on_nonfinite, log_every), log=log,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Options:
-    normalize: Normalize
-    flagged_weight: float
-    fraction: float
-    on_nonfinite: Literal["raise", "keep"]
-    log_every: int
-
-    def __post_init__(self) -> None:
-        if self.normalize not in ("kept", "batch"):
-            raise MemhookError(f"normalize is {self.normalize!r}; expected 'kept' or 'batch'")
-        if not 0 <= self.flagged_weight <= 1:
-            raise MemhookError(f"flagged_weight is {self.flagged_weight}; expected a weight from 0 (drop) to 1 (no effect)")
-        if self.flagged_weight > 0 and self.normalize == "kept":
-            raise MemhookError(
-                f'flagged_weight is {self.flagged_weight} with normalize="kept", which divides by the kept samples alone; down-weighted samples '
-                'stand in the sum but not in the count. Use normalize="batch"'
-            )
-        if not 0 < self.fraction <= 1:
-            raise MemhookError(f"fraction is {self.fraction}; expected a share of the losses above 0, up to 1 (every loss)")
-        if self.on_nonfinite not in ("raise", "keep"):
-            raise MemhookError(f"on_nonfinite is {self.on_nonfinite!r}; expected 'raise' or 'keep'")
-        if self.log_every < 1:
-            raise MemhookError(f"log_every is {self.log_every}; expected at least 1")
-
-
-@dataclass(frozen=True, eq=False)
-class _Verdict:
-    """What a pass found, on the CPU: ``(b,)`` each."""
-
-    keep: Tensor
-    conditional: Tensor
-    norms: Tensor
-    limits: Tensor
-    timesteps: Tensor
 
 
 class TrainingFilter:
     """What `training_filter` gives: enter it around the loop, or around each step; counts go on from one entry to the next."""
 
     def __init__(
-        self, denoiser: nn.Module, *, null_embedding: NullTensor, schedule: Threshold | None, embedding: str | int | Path | None,
-        null_arguments: Mapping[str | Path, NullTensor | None], options: _Options, log: Log | None,
+        self, denoiser: nn.Module, *, null_embedding: NullTensor, schedule: Threshold | None, timesteps: Timesteps | None,
+        embedding: str | int | Path | None, null_arguments: Mapping[str | Path, NullTensor | None], options: Options, log: Log | None,
     ) -> None:  # fmt: skip
         self._module = _inner(denoiser)
-        self._schedule, self._observing = as_schedule(schedule), schedule is None
-        self._shaped = schedule if isinstance(schedule, BinnedThreshold) else None
+        self._observing = schedule is None
         path: Path | None = embedding if isinstance(embedding, tuple) or embedding is None else (embedding,)
         others: dict[Path, NullTensor | None] = {key if isinstance(key, tuple) else (key,): value for key, value in null_arguments.items()}
-        self._pass = UnconditionalPass(null_embedding, path=path, null_arguments=others)
+        self._judge = Judge(null_embedding, threshold=schedule, timesteps=timesteps, path=path, null_arguments=others)
         self._options, self._log = options, log
+        if self._observing and options.remember:
+            raise MemhookError(
+                f"remember is {options.remember} with threshold=None, which flags nothing that could be remembered; expected a threshold. "
+                "Give one, or leave remember= out"
+            )
+        self._memory = Memory(options.remember) if options.remember else None
         self._calls = LoopCalls(self._module)
         self._counter = Counter()
         self._logged = self._counter.totals
@@ -184,7 +165,8 @@ class TrainingFilter:
         Args:
             loss: One loss a sample, ``(b,)``, or an element, ``(b, ...)``, of the latest call of the denoiser, in its order; weights of
                 samples, such as min-SNR's, belong in it.
-            keys: What to count the samples by, one a sample, such as their numbers in the data set.
+            keys: What to count (and remember) the samples by, one a sample, such as their numbers in the data set. Where copies of a
+                sample shall count as one, a key that they share, such as a hash of the picture or the caption.
 
         Returns:
             A scalar with a graph; zero, with gradients of zero, where no sample is kept.
@@ -193,12 +175,12 @@ class TrainingFilter:
             MemhookError: The denoiser was not called since the last mean, or more than once; the loss is not that of its batch; the null
                 embedding or the threshold does not fit; or a magnitude is not finite.
         """
-        keep = self._judge(loss, keys)
+        keep = self._decide(loss, keys)
         return weighted_mean(loss, keep.to(loss.device), normalize=self._options.normalize, flagged_weight=self._options.flagged_weight)
 
     def keep(self, *, keys: Sequence[Hashable] | None = None) -> Tensor:
         """``(b,)`` bool on the device of the prediction, for loops that average in a way of their own; in the place of `mean`."""
-        return self._judge(None, keys)
+        return self._decide(None, keys)
 
     def report(self) -> FilterReport:
         """What was dropped so far; every rank of a distributed run has its own (`FilterReport.merged` adds them up)."""
@@ -214,10 +196,63 @@ class TrainingFilter:
             reason = "had a threshold" if not self._observing else "has seen no conditional sample"
             raise MemhookError(f"this filter {reason}; expected a run with threshold=None over clean pairs. Observe one, then take its calibration")
         timesteps, norms = (torch.cat(parts) for parts in zip(*self._observed, strict=True))
-        return FilterCalibration.fit(timesteps.numpy(), norms.numpy(), bins=bins, shape=self._shape)
+        return FilterCalibration.fit(
+            timesteps.numpy(), norms.numpy(), bins=bins, shape=self._shape, span=self._judge.timesteps.span
+        )  # fmt: skip
+
+    def remembered(self) -> list[Hashable]:
+        """The keys of the samples that are left out at every timestep now."""
+        return [] if self._memory is None else self._memory.keys()
+
+    def exchange(self, gather: Callable[[News], Sequence[News]] = all_ranks) -> None:
+        """Let all ranks of a distributed run remember the same; every rank has to call it, at the same point, such as the end of an epoch.
+
+        Without it each rank remembers what it has judged itself, and a sampler that deals a sample to another rank in the next epoch
+        deals it to one that does not know.
+
+        Args:
+            gather: ``gather(object) -> objects``, one of each rank, in order; by default over the process group of ``torch.distributed``.
+
+        Raises:
+            MemhookError: The filter does not remember, or what was gathered does not hold this rank's object.
+        """
+        if self._memory is None:
+            raise MemhookError("exchange was called on a filter that remembers nothing; expected remember= of at least 1. Give it to training_filter")
+        self._memory.exchange(gather)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and memory as plain lists and numbers, for ``torch.save`` and ``accelerator.register_for_checkpointing``.
+
+        Magnitudes of an observed run (`calibration`) are not in it.
+        """
+        return {"format": _STATE, **self._counter.state(), "memory": None if self._memory is None else self._memory.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting and remembering from what `state_dict` gave.
+
+        Raises:
+            MemhookError: It is not such a state.
+        """
+        try:
+            if state["format"] != _STATE:
+                raise KeyError("format")  # noqa: TRY301 -- one message for all that may be wrong
+            counter = Counter()
+            counter.restore({name: state["totals"][name] for name in TOTALS}, state["keys"])
+            counter.report()
+            memory = None if self._memory is None else Memory(self._options.remember)
+            if memory is not None and state["memory"] is not None:
+                memory.restore(state["memory"])
+        except (KeyError, TypeError, ValueError) as error:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise MemhookError(
+                f"this is not the state of a training filter: {found}; expected what state_dict gave, of the format {_STATE}. "
+                "Load the filter's own state, or start without"
+            ) from error
+        self._counter, self._memory = counter, memory
+        self._logged, self._window = counter.totals, []
 
     @torch.no_grad()
-    def _judge(self, loss: Tensor | None, keys: Sequence[Hashable] | None) -> Tensor:
+    def _decide(self, loss: Tensor | None, keys: Sequence[Hashable] | None) -> Tensor:
         if self._entered is None:
             raise MemhookError("mean was called outside the block of the filter; expected it inside. Call it where the denoiser is called")
         call = self._calls.take(loss)
@@ -225,44 +260,51 @@ class TrainingFilter:
         if loss is not None:
             sample_losses(loss, batch=batch)
         names = check_keys(keys, batch=batch)
-        if not self._due():
-            self._counter.skip(batch)
-            self._tell()
-            return torch.ones(batch, dtype=torch.bool, device=device)
-        verdict = self._verdict(call)
-        self._count(verdict, names)
+        if names is None and self._memory is not None:
+            raise MemhookError(
+                f"remember is {self._options.remember}, and mean was called without keys; expected one key a sample, by which it is known when it "
+                "comes again. Pass keys= (numbers in the data set, file names), or leave remember= out"
+            )
+        verdict = self._judge(self._module, call, allow_nonfinite=self._options.on_nonfinite == "keep") if self._due() else None
+        remembered = self._recall(call, verdict, names)
+        keep = self._count(verdict, remembered, names)
         self._tell()
-        return verdict.keep.to(device, non_blocking=True)
+        return keep.to(device, non_blocking=True)
 
     def _due(self) -> bool:
         """Whether this loss gets a pass; the same on every rank, so that collectives inside the denoiser meet."""
         step, share = self._counter.totals.steps, self._options.fraction
         return math.ceil((step + 1) * share - 1e-9) > math.ceil(step * share - 1e-9)
 
-    def _verdict(self, call: LoopCall) -> _Verdict:
-        pred_cond = prediction_part(call.values.detach(), call)
-        if self._shaped is not None:
-            self._shaped.check(pred_cond.shape[1:])
-        timesteps = timesteps_of(call)
-        limits = thresholds_at(self._schedule, timesteps)
-        conditional = self._pass.conditional_rows(call)
-        pred_uncond = prediction_part(self._pass(self._module, call), call)
-        norms = magnitude(pred_cond, pred_uncond)
-        norms, conditional = norms.cpu(), conditional.cpu()  # the one wait for the device
-        if self._options.on_nonfinite == "raise":
-            check_finite(norms)
-        # "not surpasses" and not "at most": a magnitude that is not finite is kept, and so is what is unconditional already.
-        keep = ~(norms > limits.to(norms.dtype)) | ~torch.isfinite(norms) | ~conditional
-        self._shape = tuple(pred_cond.shape[1:])
-        return _Verdict(keep, conditional, norms, limits, timesteps)
+    def _recall(self, call: LoopCall, verdict: Verdict | None, names: list[Hashable] | None) -> Tensor:
+        """``(b,)`` bool: left out because of earlier verdicts; those of this batch come first."""
+        batch = call.values.shape[0]
+        if self._memory is None or names is None:
+            return torch.zeros(batch, dtype=torch.bool)
+        if verdict is not None:
+            for name, judged, flagged in zip(names, verdict.judged.tolist(), verdict.flagged.tolist(), strict=True):
+                if judged:
+                    self._memory.learn(name, flagged=flagged)
+        held = torch.tensor([self._memory.holds(name) for name in names])
+        if verdict is not None:
+            held &= ~verdict.flagged
+        return held & self._judge.conditional(call) if bool(held.any()) else held  # what is unconditional is never left out
 
-    def _count(self, verdict: _Verdict, names: list[Hashable] | None) -> None:
-        judged = verdict.conditional & torch.isfinite(verdict.norms)
-        if self._log is not None:
-            self._window += verdict.norms[judged].tolist()
-        if self._observing:
-            self._observed.append((verdict.timesteps[judged].float(), verdict.norms[judged].float()))
-        self._counter.add(verdict.keep.tolist(), judged.tolist(), verdict.norms.tolist(), verdict.limits.tolist(), names)
+    def _count(self, verdict: Verdict | None, remembered: Tensor, names: list[Hashable] | None) -> Tensor:
+        """Count the step, and give ``(b,)`` bool, on the CPU: the samples that are kept."""
+        nothing = torch.zeros_like(remembered)
+        judged, flagged = (verdict.judged, verdict.flagged) if verdict is not None else (nothing, nothing)
+        norms, limits = (verdict.norms, verdict.limits) if verdict is not None else (nothing.float(), nothing.float())
+        if verdict is not None:
+            self._shape = verdict.shape
+            if self._log is not None:
+                self._window += norms[judged].tolist()
+            if self._observing and bool(judged.any()):
+                self._observed.append((verdict.timesteps[judged].float(), norms[judged].float()))
+        columns = (judged, flagged, remembered, norms, limits)
+        step = [Presented(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+        self._counter.add(step, names, passed=verdict.passed if verdict is not None else 0)
+        return ~(flagged | remembered)
 
     def _tell(self) -> None:
         now, before = self._counter.totals, self._logged
@@ -272,6 +314,7 @@ class TrainingFilter:
         values = {
             "memhook/dropped": (now.dropped - before.dropped) / judged if judged else 0.0,
             "memhook/wholly_dropped_batches": float(now.wholly_dropped - before.wholly_dropped),
+            **({"memhook/remembered": (now.remembered - before.remembered) / (now.samples - before.samples)} if self._memory is not None else {}),
             **({"memhook/magnitude": float(np.mean(self._window))} if self._window else {}),
         }
         self._logged, self._window = now, []

@@ -34,6 +34,11 @@ class RandomState:
         if backend is not None and self.other is not None:
             backend.set_rng_state(self.other, device=self.device)
 
+    def moved(self) -> bool:
+        """Whether numbers were drawn since."""
+        now = RandomState.of(self.device)
+        return not torch.equal(now.cpu, self.cpu) or (self.other is not None and now.other is not None and not torch.equal(now.other, self.other))
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same numbers once more inside the block; afterwards the generators go on as if nothing had been drawn."""

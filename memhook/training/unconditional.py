@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 NullTensor = Tensor | Callable[[], Tensor]
 """What stands for no prompt: a tensor, or a function that gives it (where the text encoder is trained too)."""
 
+Cut = Callable[[Any], Any]
+"""Takes some rows of everything in nested arguments that has one for each sample."""
+
 # Other arguments that carry the prompt in diffusers' models; what is to stand there in an unconditional pass is the user's to say.
 _ALSO_TEXT: tuple[Path, ...] = (("added_cond_kwargs", "text_embeds"), ("pooled_projections",), ("encoder_attention_mask",))
 # Largest difference to the null embedding, relative to its largest element, that rounding may cause where both went through the text
@@ -34,22 +38,35 @@ class UnconditionalPass:
     def __init__(self, null_embedding: NullTensor, *, path: Path | None, null_arguments: Mapping[Path, NullTensor | None]) -> None:
         self._null, self._path, self._others = null_embedding, path, null_arguments
         self._moving: list[str] | None = None  # the buffers that a forward pass changes; None until one was made
+        self._encoded: tuple[weakref.ref[LoopCall], Tensor] | None = None  # the null embedding for the latest call
 
     def conditional_rows(self, call: LoopCall) -> Tensor:
         """``(b,)`` bool: the samples whose embedding is not the null embedding already (by conditioning dropout)."""
         path, embedding = self._embedding(call)
-        null = self._null_like(embedding, self._null, path)
+        null = self._null_for(call, embedding, path)
         if not embedding.is_floating_point():
             return embedding.ne(null).reshape(len(embedding), -1).any(1)
         wide = torch.promote_types(embedding.dtype, torch.float32)
         difference = (embedding.to(wide) - null.to(wide)).abs().reshape(len(embedding), -1).amax(1)
         largest = null.to(wide).abs().reshape(len(embedding), -1).amax(1)
-        return difference > largest * _TOLERANCE.get(embedding.dtype, 1e-2)
+        return ~(difference <= largest * _TOLERANCE.get(embedding.dtype, 1e-2))  # a NaN is no null embedding
 
-    def __call__(self, module: nn.Module, call: LoopCall) -> Tensor:
-        """The unconditional prediction ``(b, ...)`` for the samples of ``call``."""
+    def check(self, call: LoopCall) -> None:
+        """Raise now what a pass for this call would raise: a null embedding or other arguments that do not fit."""
+        self._arguments(call)
+
+    def __call__(self, module: nn.Module, call: LoopCall, cut: Cut | None = None) -> Tensor:
+        """The unconditional prediction ``(b, ...)`` for the samples of ``call``, or for those that ``cut`` takes."""
         call.check_unchanged()
-        args, kwargs = self._arguments(call)
+        return self._run(module, call, self._arguments(call), cut)
+
+    def conditional(self, module: nn.Module, call: LoopCall, cut: Cut) -> Tensor:
+        """The loop's own prediction once more, for the samples that ``cut`` takes."""
+        call.check_unchanged()
+        return self._run(module, call, (call.args, call.kwargs), cut)
+
+    def _run(self, module: nn.Module, call: LoopCall, arguments: tuple[tuple[Any, ...], dict[str, Any]], cut: Cut | None) -> Tensor:
+        args, kwargs = arguments if cut is None else (cut(arguments[0]), cut(arguments[1]))
         enabled, dtype = call.autocast
         # Weights that autocast casts under no_grad must not stay in its cache: in older torch the loop's next pass would take them, without
         # gradients (2.13 casts them again by itself).
@@ -60,7 +77,7 @@ class UnconditionalPass:
 
     def _arguments(self, call: LoopCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
         path, embedding = self._embedding(call)
-        args, kwargs = _put(call.args, call.kwargs, path, self._null_like(embedding, self._null, path))
+        args, kwargs = _put(call.args, call.kwargs, path, self._null_for(call, embedding, path))
         for other in _ALSO_TEXT:
             if isinstance(look_up(args, kwargs, other), Tensor) and other not in self._others:
                 raise MemhookError(
@@ -87,6 +104,12 @@ class UnconditionalPass:
                 f"no embedding of {batch} rows was found {where} {_call(call)}; say where it stands: embedding=NAME, a position, or a tuple of keys"
             )
         return path, value.detach()
+
+    def _null_for(self, call: LoopCall, embedding: Tensor, path: Path) -> Tensor:
+        """The null embedding in the place of this call's; a function that gives it is called once a call."""
+        if self._encoded is None or self._encoded[0]() is not call:
+            self._encoded = weakref.ref(call), self._null_like(embedding, self._null, path)
+        return self._encoded[1]
 
     @staticmethod
     def _null_like(value: Tensor, null: NullTensor, path: Path) -> Tensor:
