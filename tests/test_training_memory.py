@@ -1,4 +1,4 @@
-"""Remembering by key: what was flagged at a judged timestep is left out at every timestep, until it is judged otherwise."""
+"""Remembering by key: what is flagged at judged timesteps is left out at every timestep, until it is judged otherwise."""
 
 import copy
 
@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 import memhook
-from memhook.training import KeyCount
+from memhook.training import BinnedThreshold, KeyCount
+from memhook.training.memory import least_flagged
 from tests.training_models import NULL, Plain, losses_of, pairs
 
 STEPS = st.lists(
@@ -42,7 +43,7 @@ def test_a_flagged_sample_is_out_at_every_timestep_until_it_is_judged_below_the_
         assert f.remembered() == []
 
 
-def test_more_than_half_of_the_latest_verdicts_decide():
+def test_without_a_calibration_more_than_half_of_the_latest_verdicts_decide():
     model = Plain()
     with filtered(model, remember=3) as f:
         found = ""
@@ -65,11 +66,27 @@ def test_samples_that_are_unconditional_are_never_left_out():
         assert keeps(model, f, ("dog", 10, 0.0), ("dog", 900, 0.0), ("dog", 10, 3.0)) == "110"
 
 
+@given(st.integers(1, 60), st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 0.9]))
+def test_a_clean_sample_is_held_as_seldom_as_a_clean_presentation_is_flagged(verdicts, rate):
+    least = least_flagged(verdicts, rate)
+    assert binom.sf(least - 1, verdicts, rate) <= rate + 1e-9
+    assert least == 1 or binom.sf(least - 2, verdicts, rate) > rate
+
+
+def test_a_calibrated_threshold_says_what_chance_explains():
+    model, found = Plain(), ""
+    with filtered(model, remember=9, threshold=BinnedThreshold((), (4.0,), span=(800, 999), fpr=0.05), timesteps=None) as f:
+        for level in (3.0, 0.5, 0.5, 3.0, 0.5, 0.5, 0.5, 0.5, 3.0):
+            keeps(model, f, ("dog", 900, level))
+            found += keeps(model, f, ("dog", 10, level))
+    assert found == "011000010"  # 1 of 1, 1 of 2, 1 of 3, 2 of 4 to 7; 2 of 8 is not enough, 3 of 9 is
+
+
 class Expected:
     """The rule, written down once more: a list of verdicts for each key."""
 
-    def __init__(self, remember):
-        self.remember, self.verdicts = remember, {}
+    def __init__(self, remember, rate):
+        self.remember, self.rate, self.verdicts = remember, rate, {}
         self.judged = self.flagged = self.by_memory = 0
 
     def step(self, step):
@@ -82,7 +99,12 @@ class Expected:
         keep = []
         for (key, _, level), flagged in zip(step, over, strict=True):
             latest = self.verdicts.get(key, [])[-self.remember :] if self.remember else []
-            held = sum(latest) / len(latest) > 0.5 if latest else False
+            if not latest:
+                held = False
+            elif self.rate is None:
+                held = sum(latest) / len(latest) > 0.5
+            else:
+                held = any(latest) and binom.sf(sum(latest) - 1, len(latest), self.rate) <= self.rate + 1e-9
             left_out = bool(level) and held and not flagged
             self.by_memory += left_out
             keep.append(not (flagged or left_out))
@@ -90,14 +112,15 @@ class Expected:
 
 
 @settings(deadline=None, max_examples=60)
-@given(STEPS, st.integers(0, 4), st.integers(0, 8))
-def test_every_run_follows_the_rule_also_when_it_is_resumed(steps, remember, stop):
-    model, expected = Plain(), Expected(remember)
-    f = filtered(model, remember=remember)
+@given(STEPS, st.integers(0, 4), st.sampled_from([None, 0.05, 0.3]), st.integers(0, 8))
+def test_every_run_follows_the_rule_also_when_it_is_resumed(steps, remember, rate, stop):
+    model, expected = Plain(), Expected(remember, rate)
+    threshold = 4.0 if rate is None else BinnedThreshold((), (4.0,), fpr=rate)
+    f = filtered(model, remember=remember, threshold=threshold)
     for number, step in enumerate(steps):
         if number == stop:
             state = f.state_dict()
-            f = filtered(model, remember=remember)
+            f = filtered(model, remember=remember, threshold=threshold)
             f.load_state_dict(copy.deepcopy(state))
             assert f.state_dict() == state
         with f:

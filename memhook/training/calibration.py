@@ -36,12 +36,14 @@ class BinnedThreshold:
         values: ``(k,)``: the thresholds.
         shape: Of the sample that they hold for, without the batch; None where unknown.
         span: Lowest and highest timestep that were judged, where that was a part of them; beyond it the threshold is infinite.
+        fpr: The share of clean presentations that is flagged; None where unknown.
     """
 
     edges: tuple[float, ...]
     values: tuple[float, ...]
     shape: tuple[int, ...] | None = None
     span: Span | None = None
+    fpr: float | None = None
 
     def __call__(self, timesteps: Tensor) -> Tensor:
         edges = torch.tensor(self.edges, dtype=torch.float32, device=timesteps.device)
@@ -139,10 +141,11 @@ class FilterCalibration:
         """
         bins = self.bins()
         try:
-            return BinnedThreshold(self.edges, tuple(calibrate(magnitudes).threshold(fpr) for magnitudes in bins), self.shape, self.span)
+            values = tuple(calibrate(magnitudes).threshold(fpr) for magnitudes in bins)
         except CalibrationError as error:
             sizes = f"{len(bins)} bins hold {min(map(len, bins))} to {max(map(len, bins))} presentations each"
             raise CalibrationError(f"{sizes}: {error}. Fewer bins hold more presentations each") from error
+        return BinnedThreshold(self.edges, values, self.shape, self.span, fpr)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file, whole or not at all."""

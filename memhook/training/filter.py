@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memhook.errors import MemhookError
-from memhook.training.calibration import FilterCalibration
+from memhook.training.calibration import BinnedThreshold, FilterCalibration
 from memhook.training.calls import LoopCalls
 from memhook.training.counts import TOTALS, Counter, FilterReport, Presented, check_keys
 from memhook.training.masking import Normalize, sample_losses, weighted_mean
@@ -71,8 +71,9 @@ def training_filter(
             argument (``(800, 999)``; ``(0.8, 1.0)`` for many flow models), or a function ``f(timesteps (b,)) -> (b,)`` bool. The pass is
             then made for these rows of the batch alone, where the denoiser allows it, and not at all where there are none. None: all, or
             those of the threshold, where it was calibrated on a part.
-        remember: Leave a sample out at *every* timestep while most of its latest so many verdicts were *flagged*: 1 goes by the latest
-            alone, so the sample is out until it is judged below the threshold again; 0 remembers nothing. Needs ``keys``.
+        remember: Leave a sample out at *every* timestep while it is flagged more often than chance explains, by its latest so many verdicts:
+            1 goes by the latest alone, so the sample is out until it is judged below the threshold; 0 remembers nothing. What chance
+            explains is known for a calibrated threshold (`memory.least_flagged`); for others more than half must be flagged. Needs ``keys``.
         embedding: Where the embedding stands among the denoiser's arguments: a keyword, a position, or a tuple of keys into nested
             arguments; found by its usual names where None.
         null_arguments: For other arguments that carry the prompt, what stands there without one, by keyword or tuple of keys, such as
@@ -122,7 +123,8 @@ class TrainingFilter:
                 f"remember is {options.remember} with threshold=None, which flags nothing that could be remembered; expected a threshold. "
                 "Give one, or leave remember= out"
             )
-        self._memory = Memory(options.remember) if options.remember else None
+        self._rate = schedule.fpr if isinstance(schedule, BinnedThreshold) else None
+        self._memory = self._new_memory()
         self._calls = LoopCalls(self._module)
         self._counter = Counter()
         self._logged = self._counter.totals
@@ -239,7 +241,7 @@ class TrainingFilter:
             counter = Counter()
             counter.restore({name: state["totals"][name] for name in TOTALS}, state["keys"])
             counter.report()
-            memory = None if self._memory is None else Memory(self._options.remember)
+            memory = self._new_memory()
             if memory is not None and state["memory"] is not None:
                 memory.restore(state["memory"])
         except (KeyError, TypeError, ValueError) as error:
@@ -250,6 +252,9 @@ class TrainingFilter:
             ) from error
         self._counter, self._memory = counter, memory
         self._logged, self._window = counter.totals, []
+
+    def _new_memory(self) -> Memory | None:
+        return Memory(self._options.remember, rate=self._rate) if self._options.remember else None
 
     @torch.no_grad()
     def _decide(self, loss: Tensor | None, keys: Sequence[Hashable] | None) -> Tensor:

@@ -1,8 +1,9 @@
-"""Which samples to leave out at every timestep: those that were flagged when they were last judged."""
+"""Which samples to leave out at every timestep: those that were flagged more often than chance explains."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +13,38 @@ News = dict[Hashable, list[bool]]
 """By key, the latest verdicts (True: flagged), oldest first."""
 
 
-class Memory:
-    """Remembers, by key, the latest verdicts, and holds on to a key while more than half of them are *flagged*.
+def least_flagged(verdicts: int, rate: float | None) -> int:
+    """How many of so many verdicts have to be *flagged* for a sample to be held.
 
     Args:
-        window: How many verdicts of a key count. 1 goes by the latest alone: a sample is out until it is judged below the threshold again.
+        verdicts: At least 1.
+        rate: How often a clean presentation is flagged: so many that chance gives them, or more, with a probability of ``rate`` at most
+            (the tail of the binomial distribution). None where that is not known: more than half.
+
+    >>> [least_flagged(n, 0.05) for n in (1, 2, 3, 7, 8, 20)], [least_flagged(n, None) for n in (1, 2, 3, 4)]
+    ([1, 2, 2, 2, 3, 4], [1, 2, 2, 3])
+    """
+    if rate is None:
+        return verdicts // 2 + 1
+    tail = 0.0
+    for flagged in range(verdicts, 0, -1):
+        tail += math.comb(verdicts, flagged) * rate**flagged * (1 - rate) ** (verdicts - flagged)
+        if tail > rate + 1e-12:
+            return flagged + 1
+    return 1
+
+
+class Memory:
+    """Remembers the latest verdicts by key, and holds a key while `least_flagged` of them or more were *flagged*.
+
+    Args:
+        window: How many verdicts of a key count. 1 goes by the latest alone: a sample is out until it is judged below the threshold.
+        rate: How often a clean presentation is flagged; None where that is not known.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, *, rate: float | None) -> None:
         self.window = window
+        self._least = [1, *(least_flagged(verdicts, rate) for verdicts in range(1, window + 1))]
         self._verdicts: dict[Hashable, tuple[bool, ...]] = {}
         self._before: dict[Hashable, tuple[bool, ...]] = {}  # as all ranks knew it, for the keys in the news
         self._news: News = {}
@@ -35,7 +59,7 @@ class Memory:
     def holds(self, key: Hashable) -> bool:
         """Whether the sample is to be left out, whatever its timestep."""
         known = self._verdicts.get(key, ())
-        return 2 * sum(known) > len(known)
+        return sum(known) >= self._least[len(known)]
 
     def keys(self) -> list[Hashable]:
         """The keys that are held now."""

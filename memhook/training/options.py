@@ -37,7 +37,7 @@ class Options:
         if not isinstance(self.remember, int) or self.remember < 0:
             raise MemhookError(
                 f"remember is {self.remember!r}; expected a number of verdicts: 0 (nothing is remembered), 1 (the latest one counts), "
-                "or more (most of so many)"
+                "or more (so many of the latest)"
             )
         if self.on_nonfinite not in ("raise", "keep"):
             raise MemhookError(f"on_nonfinite is {self.on_nonfinite!r}; expected 'raise' or 'keep'")
