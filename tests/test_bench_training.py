@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import memhook
-from memhook.bench.training import finetune, report, runs, signal
-from memhook.bench.training.judging import Judgment, dropped_figures
+from memhook.bench.training import finetune, overhead, report, runs, signal
+from memhook.bench.training.judging import Judgment, list_figures
 from memhook.bench.training.overhead import Overhead
-from memhook.bench.training.recipe import WAYS, Data, Recipe, Way, ways
+from memhook.bench.training.recipe import NOISY, WAYS, Data, Recipe, Way, ways
 from memhook.bench.training.signal import Signal
 from memhook.testbed import load_pipeline
 from memhook.training import FilterCalibration, FilterReport, KeyCount
 
-TOY = Recipe(steps=2, batch=2, planted=1, pictures=1, held_out=2, sampling_steps=1, observed=10, bins=1)
+TOY = Recipe(steps=2, batch=2, planted=1, pictures=1, held_out=2, sampling_steps=1, observed=16, bins=1, noisy_bins=1)
 
 
 @pytest.fixture(scope="module")
@@ -75,52 +75,86 @@ def test_noised_batches_follow_the_schedule(model):
     torch.testing.assert_close(dropped.noisy, batch.noisy)
 
 
-def test_given_thresholds_take_the_place_of_quantiles():
-    assert [way.tau for way in ways([2.0, 4.0])[1:3]] == [2.0, 4.0]
-    assert not any(way.quantile for way in ways([2.0]))
+def test_given_thresholds_are_compared_too():
+    assert [way.tau for way in ways([2.0, 4.0])] == [None, 2.0, 4.0, *[None] * (len(WAYS) - 1)]
     assert ways(None) == ways([]) == WAYS
     with pytest.raises(memhook.MemhookError, match="tau is -1"):
         ways([-1.0])
 
 
-def test_drops_are_counted_apart_for_planted_and_fresh_pairs():
+def test_a_noisy_way_judges_where_it_is_calibrated(model):
+    timesteps = np.arange(1000)
+    calibration = FilterCalibration.fit(timesteps, np.where(timesteps < 800, 100.0, timesteps / 100), bins=10)
+    found = finetune.filter_of(Way("noisy", fpr=0.05, noisy=True, remember=3), model.denoiser(), torch.zeros(1, 1), calibration, bins=2)
+    assert found._judge.timesteps.span == NOISY
+    threshold = found._judge._binned
+    assert (threshold.span, threshold.fpr) == (NOISY, 0.05)
+    assert threshold.values == pytest.approx((8.95, 9.95), abs=0.02)  # within half of a hundred each
+    assert found._options.remember == 3
+
+
+def test_the_share_that_is_judged_is_that_of_the_noisy_timesteps(model):
+    recipe = replace(TOY, steps=4, batch=5)
+    steps = finetune.Steps(model, recipe, Way("judged", tau=float("inf"), noisy=True), Data(recipe, 0), FilterCalibration.fit([0.0], [1.0], bins=1))
+    finetune.fine_tune(steps, track=iter)
+    judged = 0
+    for step in range(4):
+        batch = finetune.noised(model, steps.data.batch(step), ["a"] * 5, seed=(2, 0, step))
+        conditional = batch.embeddings.eq(model.encode(["a"])).flatten(1).all(1)
+        judged += int(((batch.timesteps >= NOISY[0]) & conditional).sum())
+    assert 0 < judged < 20
+    assert overhead._share(steps) == judged / 20
+
+
+def test_presentations_are_those_of_the_batches():
+    data = Data(Recipe(steps=7, batch=5), 1)
+    keys = [pair.key for step in range(7) for pair in data.batch(step)]
+    assert data.shown() == (sum("planted" in key for key in keys), sum("fresh" in key for key in keys))
+
+
+def test_what_is_left_out_is_counted_apart_for_planted_and_fresh_pairs():
     rows = (
-        KeyCount("planted-0", 10, 8, 2.0, 1.5),
+        KeyCount("planted-0", 10, 8, 2.0, 1.5, remembered=20),
         KeyCount("fresh-1", 1, 1, 2.0, 1.2),
         KeyCount("planted-1", 10, 2, 1.0, 0.9),
         KeyCount("fresh-2", 1, 0, 1.0, 0.4),
         KeyCount("fresh-3", 2, 0, 1.0, 1.0),
     )
-    figures = dropped_figures(FilterReport(rows=rows))
+    figures = list_figures(FilterReport(rows=rows), 60, 40)
     assert figures == pytest.approx(
-        {"dropped": 11 / 24, "dropped_planted": 10 / 20, "dropped_fresh": 1 / 4, "dropped_auc": 5 / 6, "excess_auc": 4 / 6}
+        {
+            "flagged_planted": 10 / 20,
+            "flagged_fresh": 1 / 4,
+            "out_planted": 30 / 60,
+            "out_fresh": 1 / 40,
+            "list_auc": 5 / 6,
+            "list_top": 1 / 2,
+            "excess_auc": 4 / 6,
+        }
     )
 
 
-def judgment(similarity, dropped=None):
-    return Judgment(similarity, 0.5, 2.0, 1.0, 0.75, 1.0, 0.04, dropped, dropped, dropped, dropped, dropped)
+def judgment(similarity, flagged=None):
+    return Judgment(similarity, 0.5, 2.0, 1.0, 0.75, 1.0, 0.04, *[flagged] * 7)
 
 
 def test_lines_are_means_and_deviations_over_seeds():
-    filtered, plain = Way("tau", tau=3.0), Way("no filter")
+    filtered, plain = Way("tau = 3", tau=3.0), Way("no filter")
     found = [runs.Run(plain, 0, judgment(0.8)), runs.Run(filtered, 0, judgment(0.2, 0.5)), runs.Run(plain, 1, judgment(0.6)),
              runs.Run(filtered, 1, judgment(0.4, 0.7))]  # fmt: skip
-    results = runs.Results(
-        TOY,
-        [judgment(0.1), judgment(0.3)],
-        found,
-        {"tau": 3.0},
-        Overhead(1.2, 1.1, 1.3, 0.9, 0.1, 1.01),
-        Signal(10, 20, 0.5, 0.06, 0.9, 0.8, [500.0], [0.6, 1.0], [0.1, 0.9]),
-        [],
-    )
+    cost = Overhead(1.2, 1.1, 1.05, 0.21, 1.3, 0.9, 0.1, 1.01, 1.0)
+    results = runs.Results(TOY, [judgment(0.1), judgment(0.3)], found, cost, Signal(10, 20, 0.5, 0.06, 0.9, 0.8, [500.0], [0.6, 1.0], [0.1, 0.9]), [])
     before, without, tau = report.lines(results)
-    assert [line.way for line in (before, without, tau)] == ["before the fine-tune", "no filter", "tau (3)"]
+    assert [line.way for line in (before, without, tau)] == ["before the fine-tune", "no filter", "tau = 3"]
     assert without.mean["similarity"] == pytest.approx(0.7)
     assert without.deviation["similarity"] == pytest.approx(np.std([0.8, 0.6], ddof=1))
-    assert without.mean["dropped"] is None
-    assert tau.mean["dropped_planted"] == pytest.approx(0.6)
-    assert report.about(results, 2).count("1.20") == 1
+    assert without.mean["flagged_planted"] is None
+    assert tau.mean["flagged_planted"] == pytest.approx(0.6)
+    assert tau.less == pytest.approx((0.6, 0.2))  # seed by seed
+    assert without.less == before.less == ()
+    assert report._cells(tau)[2] == "0.40 ± 0.28"
+    for ratio in ("1.20", "1.05", "21%"):
+        assert report.about(results, 2).count(ratio) == 1
     assert "50% of 10 presentations" in report.seen(results)
     assert report.seen(results).endswith("below 500 0.60, 10%; from 500 1.00, 90%.")
 
@@ -132,7 +166,7 @@ def test_sizes_out_of_range(change, message):
 
 
 def test_a_whole_run_at_toy_sizes_and_nothing_of_it_twice(tmp_path, monkeypatch, capsys):
-    chosen = (WAYS[0], Way("calibrated", fpr=0.05), Way("random tokens", tokens=2))
+    chosen = (WAYS[0], Way("judged", fpr=0.5, noisy=True, remember=2), Way("random tokens", tokens=2))
     monkeypatch.setattr(report, "ways", lambda taus: chosen)
     monkeypatch.setattr(signal, "_NOISES", 1)
     page = tmp_path / "page.md"
@@ -149,16 +183,17 @@ def test_a_whole_run_at_toy_sizes_and_nothing_of_it_twice(tmp_path, monkeypatch,
     assert run() == first
 
     filtered = first.runs[1].judgment
-    assert first.runs[0].judgment.dropped is None
-    assert 0 <= filtered.dropped <= 1
+    assert first.runs[0].judgment.flagged_planted is None
+    assert 0 <= filtered.out_fresh <= 1
     assert -1 <= filtered.similarity <= 1
     assert first.start[0].clean_loss > 0
     assert first.overhead.denoiser > 1  # one pass more
+    assert 0 <= first.overhead.judged_share < 1
     assert first.signal.memorized == 72
     assert first.signal.auc > 0.5  # the filter tells what is memorized from what is clean
     rows = list(csv.DictReader((tmp_path / "out" / "training.csv").read_text().splitlines()))
-    assert [row["way"] for row in rows] == ["before the fine-tune", "no filter", "calibrated", "random tokens"]
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["runs"][1]["way"] == "calibrated"
+    assert [row["way"] for row in rows] == ["before the fine-tune", "no filter", "judged", "random tokens"]
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["runs"][1]["way"] == "judged"
     assert (tmp_path / "out" / "training.svg").read_text().count("<svg") == 1
     assert "| no filter |" in page.read_text()
     assert page.read_text().startswith("before")

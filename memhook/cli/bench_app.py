@@ -129,14 +129,14 @@ def bench_training(
     work: Annotated[Path, typer.Option(help="Folder that keeps every finished run; an interrupted benchmark goes on from it.")] = Path(
         "memhook-training"
     ),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each fine-tune.")] = 90,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each fine-tune.")] = 200,
     seeds: Annotated[int, typer.Option(help="Fine-tunes of each way, each with pairs of its own.")] = 3,
-    planted: Annotated[int, typer.Option(help="New pairs that are shown again and again.")] = 4,
-    tau: Annotated[list[float] | None, typer.Option(help="A threshold, in place of the three quantiles of clean pairs; may be repeated.")] = None,
+    planted: Annotated[int, typer.Option(help="New pairs that are shown again and again.")] = 6,
+    tau: Annotated[list[float] | None, typer.Option(help="Also a filter with this number at every timestep; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Pairs of steps that are timed.")] = 10,
     page: Page = None,
 ) -> None:
-    """Fine-tune the bundled model with planted duplicates: no filter, the filter, random tokens (24 runs, about a minute each)."""
+    """Fine-tune the bundled model with planted duplicates: no filter, the filter, random tokens (18 runs of about two minutes)."""
     from memhook.bench.training.recipe import Recipe
     from memhook.bench.training.report import run_training_bench
 

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memhook.bench.training.recipe import Data, Pair, Recipe, Way
+from memhook.bench.training.recipe import NOISY, Data, Pair, Recipe, Way
 from memhook.testbed.scenes import draw
 from memhook.testbed.train.autoencoder import to_pixels
+from memhook.testbed.train.diffusion import CAPTION_DROPOUT
+from memhook.testbed.train.loop import warmup_then_decay
 from memhook.training import FilterCalibration, FilterReport, TrainingFilter, training_filter
 
-CAPTION_DROPOUT = 0.0  # none, as in the paper's fine-tune: it would teach the few planted pictures to the unconditional model as well
 MIN_SNR_GAMMA = 5.0
 WARMUP = 20
+DECAY_FROM = 0.6  # of the steps; the figures of a run that ends at the full rate change from step to step
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +91,15 @@ def observe(model: Model, recipe: Recipe) -> FilterCalibration:
     return f.calibration(bins=recipe.bins)
 
 
-def filter_of(way: Way, unet: nn.Module, null: Tensor, calibration: FilterCalibration) -> TrainingFilter | None:
-    """The filter of a way; None where it has none."""
+def filter_of(way: Way, unet: nn.Module, null: Tensor, calibration: FilterCalibration, *, bins: int) -> TrainingFilter | None:
+    """The filter of a way; None where it has none. ``bins`` are those of a calibration at the noisy timesteps."""
     if not way.filters:
         return None
     threshold: Any = way.tau
-    if way.quantile is not None:
-        threshold = float(np.quantile(calibration.magnitudes, way.quantile))
-    elif way.fpr is not None:
-        threshold = calibration.threshold(fpr=way.fpr)
-    return training_filter(unet, null_embedding=null, threshold=threshold, fraction=way.fraction)
+    if way.fpr is not None:
+        threshold = (calibration.within(*NOISY, bins=bins) if way.noisy else calibration).threshold(fpr=way.fpr)
+    timesteps = NOISY if way.noisy else None
+    return training_filter(unet, null_embedding=null, threshold=threshold, timesteps=timesteps, remember=way.remember, fraction=way.fraction)
 
 
 class Steps:
@@ -107,7 +108,7 @@ class Steps:
     def __init__(self, model: Model, recipe: Recipe, way: Way, data: Data, calibration: FilterCalibration) -> None:
         self.model, self.recipe, self.way, self.data = model, recipe, way, data
         self.unet = model.denoiser()
-        self.filter = filter_of(way, self.unet, model.encode([""])[0], calibration)
+        self.filter = filter_of(way, self.unet, model.encode([""])[0], calibration, bins=recipe.noisy_bins)
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
 
     def block(self) -> AbstractContextManager[object]:
@@ -120,7 +121,8 @@ class Steps:
         texts = self.data.captions(pairs, self.way, self.model.pipeline.tokenizer, step)
         losses = noised(self.model, pairs, texts, seed=(2, self.data.seed, step)).losses(self.unet)
         loss = losses.mean() if self.filter is None else self.filter.mean(losses, keys=[pair.key for pair in pairs])
-        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * min(1.0, (step + 1) / WARMUP)
+        factor = warmup_then_decay(step, steps=self.recipe.steps, warmup=WARMUP, decay_from=DECAY_FROM)
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)

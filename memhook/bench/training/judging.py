@@ -36,11 +36,13 @@ class Judgment:
         detection_auc: How well the score tells planted captions from held-out ones; 0.5 is what a model that memorized nothing gives.
         agreement: The share of held-out pictures that show the subject of their caption.
         clean_loss: Loss on held-out pairs, weighted as in training.
-        dropped: The share of judged presentations that the filter dropped; None without a filter.
-        dropped_planted: The same, of planted pairs.
-        dropped_fresh: The same, of fresh pairs.
-        dropped_auc: How well the order of the filter's report puts planted pairs before fresh ones.
-        excess_auc: How well the mean of magnitude / threshold does.
+        flagged_planted: The share of judged presentations of planted pairs that were over the threshold; None without a filter.
+        flagged_fresh: The same, of fresh pairs.
+        out_planted: The share of all presentations of planted pairs that were left out of the loss, by their own magnitude or by memory.
+        out_fresh: The same, of fresh pairs.
+        list_auc: How well the order of the filter's report puts planted pairs before fresh ones.
+        list_top: The share of planted pairs among as many first rows of the report as there are planted pairs.
+        excess_auc: How well the mean of magnitude / threshold puts planted pairs first.
     """
 
     similarity: float
@@ -50,10 +52,12 @@ class Judgment:
     detection_auc: float
     agreement: float
     clean_loss: float
-    dropped: float | None = None
-    dropped_planted: float | None = None
-    dropped_fresh: float | None = None
-    dropped_auc: float | None = None
+    flagged_planted: float | None = None
+    flagged_fresh: float | None = None
+    out_planted: float | None = None
+    out_fresh: float | None = None
+    list_auc: float | None = None
+    list_top: float | None = None
     excess_auc: float | None = None
 
 
@@ -76,7 +80,7 @@ def judge(model: Model, unet: nn.Module, data: Data, report: FilterReport | None
         detection_auc=roc_auc(own.reshape(recipe.planted, -1).mean(1), clean),
         agreement=float(np.mean(right)),
         clean_loss=_clean_loss(model, unet, data),
-        **({} if report is None else dropped_figures(report)),
+        **({} if report is None else list_figures(report, *data.shown())),
     )
 
 
@@ -110,18 +114,29 @@ def _clean_loss(model: Model, unet: nn.Module, data: Data) -> float:
     return float(torch.cat(draws).mean())
 
 
-def dropped_figures(report: FilterReport) -> dict[str, float]:
-    """What a filter's report says about planted and fresh pairs."""
-    planted = [row for row in report.rows if str(row.key).startswith("planted")]
-    fresh = [row for row in report.rows if not str(row.key).startswith("planted")]
+def list_figures(report: FilterReport, shown_planted: int, shown_fresh: int) -> dict[str, float]:
+    """What a filter's report says about planted and fresh pairs, of which so many presentations were shown."""
+    planted = [row for row in report.rows if _is_planted(row)]
+    fresh = [row for row in report.rows if not _is_planted(row)]
     places = {row.key: -float(place) for place, row in enumerate(report.rows)}
 
-    def share(rows: list[KeyCount]) -> float:
+    def flagged(rows: list[KeyCount]) -> float:
         judged = sum(row.judged for row in rows)
         return sum(row.dropped for row in rows) / judged if judged else 0.0
 
-    figures = {"dropped": share([*planted, *fresh]), "dropped_planted": share(planted), "dropped_fresh": share(fresh)}
+    def out(rows: list[KeyCount], shown: int) -> float:
+        return sum(row.dropped + row.remembered for row in rows) / shown if shown else 0.0
+
+    figures = {
+        "flagged_planted": flagged(planted), "flagged_fresh": flagged(fresh),
+        "out_planted": out(planted, shown_planted), "out_fresh": out(fresh, shown_fresh),
+    }  # fmt: skip
     if planted and fresh:
-        figures["dropped_auc"] = roc_auc([places[row.key] for row in planted], [places[row.key] for row in fresh])
+        figures["list_auc"] = roc_auc([places[row.key] for row in planted], [places[row.key] for row in fresh])
+        figures["list_top"] = float(np.mean([_is_planted(row) for row in report.rows[: len(planted)]]))
         figures["excess_auc"] = roc_auc([row.excess for row in planted], [row.excess for row in fresh])
     return figures
+
+
+def _is_planted(row: KeyCount) -> bool:
+    return str(row.key).startswith("planted")

@@ -20,38 +20,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Medians over pairs of runs, one right after the other.
+    """Medians over pairs of runs, one right after the other; for ``judged``, whose steps differ, the ratio of the sums.
 
     Attributes:
         step: A whole step (draw, encode, forward, backward, optimizer) with the filter over one without.
         half: The same with the unconditional pass at every other step.
+        judged: The same with the pass for the samples at noisy timesteps alone.
+        judged_share: The share of samples that went through that pass.
         denoiser: Forward and backward pass alone, with the filter over without.
         forward: The extra pass over the forward pass of the loop.
         step_seconds: CPU time of the step without the filter.
         peak: Most bytes allocated during forward and backward pass, with the filter over without.
+        judged_peak: The same with the pass for the samples at noisy timesteps alone.
     """
 
     step: float
     half: float
+    judged: float
+    judged_share: float
     denoiser: float
     forward: float
     step_seconds: float
     peak: float
+    judged_peak: float
 
 
 def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, rounds: int) -> Overhead:
     """Measure, with nothing dropped, so that both do the same work."""
     data = Data(recipe, 0)
-    plain, whole, half = (
+    keep_all = float("inf")
+    plain, whole, half, judged = (
         Steps(model, recipe, way, data, calibration)
-        for way in (Way("plain"), Way("filter", tau=float("inf")), Way("half", tau=float("inf"), fraction=0.5))
+        for way in (
+            Way("plain"),
+            Way("filter", tau=keep_all),
+            Way("half", tau=keep_all, fraction=0.5),
+            Way("judged", tau=keep_all, noisy=True, remember=10),
+        )
     )
     batch = noised(model, data.batch(0), [str(pair.caption) for pair in data.batch(0)], seed=(4,))
 
     def passes(steps: Steps) -> Callable[[], None]:
         def run() -> None:
             losses = batch.losses(steps.unet)
-            (losses.mean() if steps.filter is None else steps.filter.mean(losses)).backward()  # type: ignore[no-untyped-call]
+            (losses.mean() if steps.filter is None else steps.filter.mean(losses, keys=range(len(losses)))).backward()  # type: ignore[no-untyped-call]
 
         return run
 
@@ -62,14 +74,15 @@ def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, ro
 
         return run
 
-    times: dict[str, list[float]] = {name: [] for name in ("plain", "whole", "half", "passes", "filtered", "forward", "extra")}
-    with whole.block(), half.block():
+    times: dict[str, list[float]] = {name: [] for name in ("plain", "whole", "half", "judged", "passes", "filtered", "forward", "extra")}
+    with whole.block(), half.block(), judged.block():
         for number in range(-1, rounds):
             found = {
                 "plain": _seconds(lambda number=number: plain(2 * number + 2)),  # type: ignore[misc]
                 "whole": _seconds(lambda number=number: whole(2 * number + 2)),  # type: ignore[misc]
                 # two steps, of which one has the pass
                 "half": _seconds(lambda number=number: (half(2 * number + 2), half(2 * number + 3))) / 2,  # type: ignore[misc, func-returns-value]
+                "judged": _seconds(lambda number=number: judged(2 * number + 2)),  # type: ignore[misc]
                 "passes": _seconds(passes(plain)),
                 "filtered": _seconds(passes(whole)),
                 "forward": _seconds(forward(grad=True)),
@@ -78,15 +91,28 @@ def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, ro
             if number >= 0:  # the first round warms up
                 for name, seconds in found.items():
                     times[name].append(seconds)
-        peaks = [_peak_bytes(passes(steps)) for steps in (plain, whole)]
+        share = _share(judged)
+        peaks = [_peak_bytes(passes(steps)) for steps in (plain, whole, judged)]
 
     def ratio(a: str, b: str) -> float:
         return float(np.median(np.array(times[a]) / np.array(times[b])))
 
     return Overhead(
-        ratio("whole", "plain"), ratio("half", "plain"), ratio("filtered", "passes"), ratio("extra", "forward"), float(np.median(times["plain"])),
-        peaks[1] / peaks[0],
-    )  # fmt: skip
+        step=ratio("whole", "plain"),
+        half=ratio("half", "plain"),
+        judged=float(np.sum(times["judged"]) / np.sum(times["plain"])),
+        judged_share=share,
+        denoiser=ratio("filtered", "passes"),
+        forward=ratio("extra", "forward"),
+        step_seconds=float(np.median(times["plain"])),
+        peak=peaks[1] / peaks[0],
+        judged_peak=peaks[2] / peaks[0],
+    )
+
+
+def _share(steps: Steps) -> float:
+    report = steps.filter.report() if steps.filter is not None else None
+    return report.passed / report.samples if report is not None else 0.0
 
 
 def _seconds(run: Callable[[], object]) -> float:

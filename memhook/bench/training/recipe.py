@@ -28,27 +28,29 @@ class Recipe:
         batch: Pairs a step.
         planted: New pairs that are shown again and again.
         share: The share of a batch that shows one of them.
-        learning_rate: Of AdamW, after 20 steps of warm-up; only the denoiser is trained.
+        learning_rate: Of AdamW, after 20 steps of warm-up and before the decay; only the denoiser is trained.
         pictures: Made for each planted caption when the run is judged.
         held_out: Fresh captions that are never trained on, one picture each.
         sampling_steps: Of the sampler that makes these.
         observed: Batches of clean pairs that thresholds are read off.
         bins: Of timesteps, for the calibrated threshold.
+        noisy_bins: The same, for a threshold that is calibrated at the noisy timesteps alone.
     """
 
-    steps: int = 90
+    steps: int = 200
     batch: int = 16
-    planted: int = 4
+    planted: int = 6
     share: float = 0.5
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     pictures: int = 4
-    held_out: int = 16
+    held_out: int = 24
     sampling_steps: int = 15
-    observed: int = 48
+    observed: int = 96
     bins: int = 10
+    noisy_bins: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "planted", "pictures", "held_out", "sampling_steps", "observed", "bins"):
+        for name in ("steps", "batch", "planted", "pictures", "held_out", "sampling_steps", "observed", "bins", "noisy_bins"):
             if getattr(self, name) < 1:
                 raise MemhookError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 < self.share < 1:
@@ -61,44 +63,46 @@ class Way:
 
     Attributes:
         name: As shown.
-        quantile: Filter with one number for all timesteps: this quantile of the clean magnitudes.
-        tau: Filter with this number.
+        tau: Filter with this number at every timestep.
         fpr: Filter with the calibrated threshold of this rate.
+        noisy: Judge at the noisy timesteps alone, with a threshold that is calibrated there.
+        remember: By how many verdicts a sample is left out at every timestep; 0 for none.
         fraction: The share of losses with an unconditional pass.
         tokens: Add so many random tokens to every caption (RTA, Somepalli et al. 2023), each time anew.
     """
 
     name: str
-    quantile: float | None = None
     tau: float | None = None
     fpr: float | None = None
+    noisy: bool = False
+    remember: int = 0
     fraction: float = 1.0
     tokens: int = 0
 
     @property
     def filters(self) -> bool:
         """Whether there is a filter."""
-        return any(value is not None for value in (self.quantile, self.tau, self.fpr))
+        return self.tau is not None or self.fpr is not None
 
+
+NOISY = (800, 999)  # of 1,000: where pairs that the bundled model has memorized stand out (docs/training.md)
+_REMEMBER = 10  # verdicts
 
 WAYS = (
     Way("no filter"),
-    *(Way(f"tau at the {quantile:.0%} quantile", quantile=quantile) for quantile in (0.5, 0.8, 0.95)),
-    *(Way(f"calibrated, fpr {fpr:.0%}", fpr=fpr) for fpr in (0.05, 0.2)),
-    Way("calibrated, fpr 20%, every other step", fpr=0.2, fraction=0.5),
+    Way("calibrated, fpr 5%", fpr=0.05),
+    Way("calibrated, fpr 5%, t >= 800", fpr=0.05, noisy=True),
+    *(Way(f"calibrated, fpr {fpr:.0%}, t >= 800, remembered", fpr=fpr, noisy=True, remember=_REMEMBER) for fpr in (0.05, 0.2)),
     Way("4 random tokens", tokens=4),
 )
 
 
 def ways(taus: Sequence[float] | None) -> tuple[Way, ...]:
-    """The ways to compare; with ``taus`` given, these stand in the place of the quantiles."""
-    if not taus:
-        return WAYS
-    bad = next((tau for tau in taus if not tau >= 0), None)
+    """The ways to compare; with ``taus`` given, also a filter with each of these numbers at every timestep."""
+    bad = next((tau for tau in taus or () if not tau >= 0), None)
     if bad is not None:
-        raise MemhookError(f"tau is {bad}; expected a magnitude of at least 0")
-    numbers = tuple(Way(f"tau = {tau:g}", tau=tau) for tau in taus)
-    return (WAYS[0], *numbers, *(way for way in WAYS[1:] if way.quantile is None))
+        raise MemhookError(f"tau is {bad}; expected a magnitude of at least 0, such as 4. Correct --tau")
+    return (WAYS[0], *(Way(f"tau = {tau:g}", tau=tau) for tau in taus or ()), *WAYS[1:])
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,12 @@ class Data:
             self.planted[which] if planted else self._pair("fresh", first + place)
             for place, (planted, which) in enumerate(zip(places, chosen, strict=True))
         ]  # fmt: skip
+
+    def shown(self) -> tuple[int, int]:
+        """How often the whole run shows a planted and a fresh pair."""
+        keys = [pair.key for step in range(self.recipe.steps) for pair in self.batch(step)]
+        planted = sum(key.startswith("planted") for key in keys)
+        return planted, len(keys) - planted
 
     def clean_batch(self, number: int) -> list[Pair]:
         """Pairs of another stream, that no fine-tune sees; the same for every seed."""

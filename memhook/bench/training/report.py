@@ -24,27 +24,37 @@ from memhook.files import replace_file, write_text
 if TYPE_CHECKING:
     from memhook.bench.training.signal import Signal
 
-_COLUMNS = ("similarity", "copies", "detection AUC", "agreement", "clean loss", "dropped: planted / fresh", "AUC: order / excess")
+_COLUMNS = (
+    "similarity", "less than without", "copies", "detection AUC", "agreement", "clean loss", "flagged: planted / fresh", "left out: planted / fresh",
+    "list: AUC / top",
+)  # fmt: skip
+_PLAIN = "no filter"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A way's figures over the seeds: means, and standard deviations (0 for one seed); None where a way has no such figure."""
+    """A way's figures over the seeds: means, and standard deviations (0 for one seed); None where a way has no such figure.
+
+    ``less`` holds, seed by seed, the similarity without a filter minus that of this way: both runs saw the same pairs with the same noise.
+    """
 
     way: str
     seeds: int
     mean: dict[str, float | None]
     deviation: dict[str, float | None]
+    less: tuple[float, ...] = ()
 
 
 def lines(results: Results) -> list[Line]:
     """The table: the model before, then way by way."""
     names = list(dict.fromkeys(run.way.name for run in results.runs))
     groups = {"before the fine-tune": results.start} | {name: [run.judgment for run in results.runs if run.way.name == name] for name in names}
-    return [_line(f"{name} ({results.taus[name]:.3g})" if name in results.taus else name, group) for name, group in groups.items()]
+    plain = [judgment.similarity for judgment in groups.get(_PLAIN, [])]
+    compared = {name for name in names if name != _PLAIN and plain}
+    return [_line(name, group, plain if name in compared else []) for name, group in groups.items()]
 
 
-def _line(name: str, group: Sequence[Judgment]) -> Line:
+def _line(name: str, group: Sequence[Judgment], plain: Sequence[float]) -> Line:
     mean: dict[str, float | None] = {}
     deviation: dict[str, float | None] = {}
     for field in fields(Judgment):
@@ -52,7 +62,8 @@ def _line(name: str, group: Sequence[Judgment]) -> Line:
         known = not any(value is None for value in values)
         mean[field.name] = float(np.mean(values)) if known else None
         deviation[field.name] = (float(np.std(values, ddof=1)) if len(values) > 1 else 0.0) if known else None
-    return Line(name, len(group), mean, deviation)
+    less = tuple(without - judgment.similarity for without, judgment in zip(plain, group, strict=bool(plain)))
+    return Line(name, len(group), mean, deviation, less)
 
 
 def _cells(line: Line) -> list[str]:
@@ -60,16 +71,23 @@ def _cells(line: Line) -> list[str]:
         value = line.mean[key]
         return "-" if value is None else f"{value:.{digits}f}"
 
+    filtered = line.mean["flagged_planted"] is not None
     return [
         line.way,
         f"{mean('similarity')} ± {line.deviation['similarity']:.2f}",
+        f"{np.mean(line.less):.2f} ± {_spread(line.less):.2f}" if line.less else "-",
         mean("copies"),
         mean("detection_auc"),
         mean("agreement"),
         f"{mean('clean_loss', 4)} ± {line.deviation['clean_loss']:.4f}",
-        f"{mean('dropped_planted')} / {mean('dropped_fresh')}" if line.mean["dropped"] is not None else "-",
-        f"{mean('dropped_auc')} / {mean('excess_auc')}" if line.mean["dropped"] is not None else "-",
+        f"{mean('flagged_planted')} / {mean('flagged_fresh')}" if filtered else "-",
+        f"{mean('out_planted')} / {mean('out_fresh')}" if filtered else "-",
+        f"{mean('list_auc')} / {mean('list_top')}" if filtered else "-",
     ]
+
+
+def _spread(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def about(results: Results, seeds: int) -> str:
@@ -79,8 +97,9 @@ def about(results: Results, seeds: int) -> str:
         f"{recipe.steps} steps of {recipe.batch} pairs, {recipe.share:.0%} of them showing one of {recipe.planted} planted pairs (about "
         f"{recipe.steps * recipe.batch * recipe.share / recipe.planted:.0f} times each); mean ± standard deviation over {seeds} seeds. "
         f"A step with the filter takes {cost.step:.2f} of the time of one without ({cost.step_seconds:.2f} s CPU), {cost.half:.2f} with the pass at "
-        f"every other step; forward and backward pass of the denoiser alone {cost.denoiser:.2f}; the extra pass {cost.forward:.2f} of the loop's "
-        f"forward pass; peak memory {cost.peak:.2f}."
+        f"every other step, {cost.judged:.2f} with the pass for the samples at t >= 800 alone ({cost.judged_share:.0%} of them) and memory; forward "
+        f"and backward pass of the denoiser alone {cost.denoiser:.2f}; the extra pass {cost.forward:.2f} of the loop's forward pass; peak memory "
+        f"{cost.peak:.2f} and, with the pass at t >= 800, {cost.judged_peak:.2f}."
     )
 
 
@@ -105,12 +124,16 @@ def _bins(found: Signal) -> str:
 def write(out: Path, results: Results, seeds: int) -> None:
     """``training.csv``, ``training.json``, ``training-dropped.csv`` and ``training.svg``."""
     table = lines(results)
-    rows = [{"way": line.way, "seeds": line.seeds, **{k: v for key in line.mean for k, v in _columns(key, line).items()}} for line in table]
+    rows = [
+        {"way": line.way, "seeds": line.seeds, "less": float(np.mean(line.less)) if line.less else None, "less_sd": _spread(line.less)}
+        | {k: v for key in line.mean for k, v in _columns(key, line).items()}
+        for line in table
+    ]
     write_text(out / "training.csv", _csv(rows))
     write_text(out / "training-dropped.csv", _csv(results.dropped))
     runs = [{"way": run.way.name, "seed": run.seed, **asdict(run.judgment)} for run in results.runs]
     whole = {
-        "recipe": asdict(results.recipe), "seeds": seeds, "taus": results.taus, "overhead": asdict(results.overhead),
+        "recipe": asdict(results.recipe), "seeds": seeds, "overhead": asdict(results.overhead),
         "signal": asdict(results.signal), "before": [asdict(judgment) for judgment in results.start], "runs": runs, "dropped": results.dropped,
     }  # fmt: skip
     write_text(out / "training.json", json.dumps(whole, indent=2) + "\n")
@@ -140,7 +163,7 @@ def _plot(path: Path, table: Sequence[Line]) -> None:
     panels = figure.subplots(1, 2)
     for axes, key, title in ((panels[0], "agreement", "agreement with held-out captions"), (panels[1], "clean_loss", "loss on held-out pairs")):
         for line in table:
-            kind = "s" if "random" in line.way else "D" if line.way.startswith(("before", "no filter")) else "o"
+            kind = "s" if "random" in line.way else "D" if line.way.startswith(("before", _PLAIN)) else "o"
             mean, deviation = line.mean, line.deviation
             axes.errorbar(
                 mean["similarity"], mean[key], xerr=deviation["similarity"], yerr=deviation[key], marker=kind, capsize=2, label=line.way

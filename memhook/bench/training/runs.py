@@ -22,7 +22,7 @@ from memhook.testbed.bundle import load_pipeline
 from memhook.training import FilterCalibration, FilterReport
 
 Track = Callable[[Sequence[int], str], Iterator[int]]
-_FORMAT = 1  # of the kept files; raise it when a run's meaning changes
+_FORMAT = 2  # of the kept files; raise it when a run's meaning changes
 _Result = TypeVar("_Result")
 
 
@@ -43,16 +43,14 @@ class Results:
         recipe: Its sizes.
         start: The judgment of the model before any fine-tune, a seed each.
         runs: Way by way, seed by seed.
-        taus: The number behind each way with one, by its name.
         overhead: What the filter costs.
         signal: What it sees of pairs that the model has memorized before.
-        dropped: The first seed's most suspicious samples: way, place, key, judged, dropped, mean excess.
+        dropped: The first seed's most suspicious samples: way, place, key, judged, dropped, remembered, mean excess.
     """
 
     recipe: Recipe
     start: list[Judgment]
     runs: list[Run]
-    taus: dict[str, float]
     overhead: Overhead
     signal: Signal
     dropped: list[dict[str, Any]]
@@ -80,15 +78,8 @@ def run_all(work: Path, recipe: Recipe, ways: Sequence[Way], *, seeds: int, roun
             if seed == 0:
                 dropped += [{"way": way.name, **row} for row in found["dropped"]]
     cost = Overhead(**kept(["overhead", rounds, torch.get_num_threads()], lambda: asdict(overhead(model, recipe, calibration, rounds=rounds))))
-    known = Signal(**kept(["signal by bins"], lambda: asdict(signal(model, recipe, calibration))))
-    taus = {way.name: way.tau if way.quantile is None else _quantile(calibration, way.quantile) for way in ways if way.fpr is None and way.filters}
-    return Results(recipe, start, runs, {name: tau for name, tau in taus.items() if tau is not None}, cost, known, dropped)
-
-
-def _quantile(calibration: FilterCalibration, quantile: float) -> float:
-    import numpy as np
-
-    return float(np.quantile(calibration.magnitudes, quantile))
+    known = Signal(**kept(["signal"], lambda: asdict(signal(model, recipe, calibration))))
+    return Results(recipe, start, runs, cost, known, dropped)
 
 
 def _one(
@@ -103,7 +94,7 @@ def _one(
 def _first(report: FilterReport | None, *, most: int = 20) -> list[dict[str, Any]]:
     rows = () if report is None else report.rows[:most]
     return [
-        {"place": place, "key": row.key, "judged": row.judged, "dropped": row.dropped, "excess": round(row.excess, 4)}
+        {"place": place, "key": row.key, "judged": row.judged, "dropped": row.dropped, "remembered": row.remembered, "excess": round(row.excess, 4)}
         for place, row in enumerate(rows, 1)
     ]  # fmt: skip
 

@@ -83,6 +83,6 @@ def _observed(model: Model, batches: Iterable[Sequence[Pair]], *, seed: int) -> 
     unet = model.denoiser()
     with training_filter(unet, null_embedding=model.encode([""])[0], threshold=None) as f, torch.no_grad():
         for number, pairs in enumerate(batches):
-            f.mean(noised(model, pairs, [str(pair.caption) for pair in pairs], seed=(5, seed, number)).losses(unet))
+            f.mean(noised(model, pairs, [str(pair.caption) for pair in pairs], seed=(5, seed, number), dropout=0.0).losses(unet))
     found = f.calibration(bins=1)
     return found.timesteps, found.magnitudes
