@@ -1,11 +1,14 @@
 """Judging only some timesteps: the pass is made for their rows of the batch alone, and changes nothing about the verdicts."""
 
+import contextlib
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -203,6 +206,30 @@ def test_a_denoiser_that_takes_no_other_batch_gets_the_whole_one():
     with filtered(model) as f, pytest.warns(UserWarning, match=r"whole batch.*RuntimeError: shape"):
         f.mean(losses_of(model(sample, t, text), target))
     assert (f.report().passed, f.report().judged, f.report().dropped) == (3, 2, 1)
+
+
+class Rounding(Plain):
+    """Its prediction differs by a hundredth in a batch of another size, as kernels of half precision do."""
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        return super().forward(sample, timestep, encoder_hidden_states) * (1 + 0.01 * (len(sample) == 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16 weights", "autocast", "accelerate"])
+def test_what_rounding_may_cause_depends_on_the_precision_of_the_pass(precision):
+    model, (sample, t, text, target) = Rounding(), batch(3.0, 3.0, 0.5, t=[900, 20, 950])
+    if precision == "bfloat16 weights":
+        model, sample, text = model.bfloat16(), sample.bfloat16(), text.bfloat16()
+    if precision == "accelerate":
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    refused = pytest.warns(UserWarning, match="whole batch") if precision == "float32" else contextlib.nullcontext()
+    with refused, filtered(model) as f:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+            predicted = model(sample, t, text)
+        f.mean(losses_of(predicted.float(), target))
+    assert f.report().passed == (3 if precision == "float32" else 2)
 
 
 def three(model, *, t=(10, 900, 950), **options):

@@ -73,7 +73,7 @@ class RowsPass:
             except Exception as error:  # noqa: BLE001 -- whatever a model raises that is given another batch than it expects
                 problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
-            problem = _difference(again, call.values.detach()[rows], call)
+            problem = _difference(again, call.values.detach()[rows], tolerance=_tolerance(module, call))
             if problem is None:
                 return make
             problems.append(problem)
@@ -102,12 +102,21 @@ def meets_others(module: nn.Module) -> bool:
     return sharded or bool(kinds & _COLLECTIVE)
 
 
-def _difference(found: Tensor, expected: Tensor, call: LoopCall) -> str | None:
+def _tolerance(module: nn.Module, call: LoopCall) -> float:
+    """That of the coarsest precision which the pass may have had."""
+    enabled, dtype = call.autocast
+    kinds = {call.values.dtype, *((dtype,) if enabled else ()), *(p.dtype for p in module.parameters() if p.is_floating_point())}
+    if hasattr(module, "_original_forward"):  # accelerate's mixed precision: it casts inside of forward, and gives float32 back (1.15)
+        kinds.add(torch.bfloat16)
+    if call.values.device.type != "cpu":  # convolutions in float32 may round as float16 does (TF32)
+        kinds.add(torch.float16)
+    return max(_TOLERANCE.get(kind, 1e-2) for kind in kinds)
+
+
+def _difference(found: Tensor, expected: Tensor, *, tolerance: float) -> str | None:
     """What is wrong with a cut batch's prediction; None where it is that of the loop but for rounding."""
     if found.shape != expected.shape:
         return f"of shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    enabled, dtype = call.autocast
-    tolerance = max(_TOLERANCE.get(kind, 1e-2) for kind in ((expected.dtype, dtype) if enabled else (expected.dtype,)))
     wide = torch.promote_types(expected.dtype, torch.float32)
     a, b = (values.to(wide).reshape(len(values), -1) for values in (found, expected))
     usable = b.isfinite().all(1)  # of a row that is broken nothing can be told
