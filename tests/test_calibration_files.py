@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,10 +216,27 @@ def test_random_bytes_are_refused(tmp_path, good):
         assert not loads_or_refuses(path, good[1])
 
 
+def memory_mark(name):
+    """A line of this process's memory in MiB (Linux): ``VmRSS`` now, or ``VmHWM`` for the most since `forget_peak`."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")) / 1024
+
+
+def forget_peak():
+    """Whether the system could start to count the most memory anew."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return memory_mark("VmHWM") < memory_mark("VmRSS") + 16
+
+
 def test_mutations_of_bytes_give_no_other_error(tmp_path, good):
+    """And none of them takes a second of work or 200 MiB: a damaged length must not make a reader allocate it."""
     data, trace = good
     path = tmp_path / "c.safetensors"
-    rng, loaded = random.Random(2), 0
+    rng, loaded, longest = random.Random(2), 0, 0.0
+    measured = forget_peak()
+    before = memory_mark("VmRSS") if measured else 0.0
     for number in range(5000):
         mutated = bytearray(data)
         for _ in range(rng.randrange(1, 4)):
@@ -230,8 +249,12 @@ def test_mutations_of_bytes_give_no_other_error(tmp_path, good):
             else:
                 mutated[where:where] = rng.randbytes(rng.randrange(1, 9))
         path.write_bytes(bytes(mutated))
+        started = time.thread_time()
         loaded += loads_or_refuses(path, trace if number % 10 == 0 else None)
+        longest = max(longest, time.thread_time() - started)
     assert 0 < loaded < 5000  # a changed digit still is a calibration
+    assert longest < 1
+    assert not measured or memory_mark("VmHWM") - before < 200
 
 
 JUNK = st.recursive(
