@@ -228,6 +228,13 @@ def test_many_drops_weigh_more_than_one_and_many_presentations_alone_weigh_nothi
     assert [row.key for row in ranked(rows)] == ["often", "once", "seldom", "new", "never"]
 
 
+def test_among_many_samples_one_flagged_presentation_says_little():
+    rows = [KeyCount(f"once-{i}", 1, 1, 5.0, 1.9) for i in range(50)] + [KeyCount(f"clean-{i}", 1, 0, 1.0, 0.3) for i in range(950)]
+    rows += [KeyCount("planted", 50, 12, 4.0, 0.9)]
+    assert ranked(rows)[0].key == "planted"
+    assert ranked([rows[0], rows[-1]])[0].key == "once-0"  # of two samples
+
+
 def test_reports_of_two_ranks_add_up(tmp_path):
     reports = []
     for part in (((3.0, 0.5), "ab"), ((0.5, 0.5), "ac")):
@@ -243,7 +250,7 @@ def test_reports_of_two_ranks_add_up(tmp_path):
     both.save(tmp_path / "dropped.csv")
     assert (tmp_path / "dropped.csv").read_text().splitlines()[:2] == [
         "key,judged,dropped,share,at_least,magnitude,excess,remembered",
-        "a,2,1,0.5,0.120866,3.5,0.875,0",
+        "a,2,1,0.5,0.0835704,3.5,0.875,0",
     ]
 
 

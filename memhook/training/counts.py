@@ -8,6 +8,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from memhook.errors import MemhookError
@@ -16,7 +17,7 @@ from memhook.files import write_text
 if TYPE_CHECKING:
     import os
 
-_Z = 1.6448536  # one-sided 95% of the normal distribution
+_ERROR = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,22 @@ class KeyCount:
         """The share of judged presentations that were dropped."""
         return self.dropped / self.judged if self.judged else 0.0
 
-    @property
-    def at_least(self) -> float:
-        """What that share is at least, with 95% confidence (the lower end of Wilson's interval, 1927); few presentations say little.
+    def at_least(self, *, among: int = 1) -> float:
+        """What that share is at least, with 95% confidence: the lower end of Wilson's interval (1927). Few presentations say little.
 
-        >>> [round(KeyCount("a", judged, dropped, 5.0, 1.2).at_least, 2) for judged, dropped in [(1, 1), (3, 3), (30, 29), (30, 3)]]
-        [0.27, 0.53, 0.86, 0.04]
+        Args:
+            among: Of how many samples this is to hold at once (Bonferroni). Of a thousand clean samples that were judged once, fifty are
+                flagged at a rate of 5%; each of them alone looks suspicious.
+
+        >>> rows = [KeyCount("once", 1, 1, 5.0, 1.2), KeyCount("often", 50, 12, 5.0, 1.2)]
+        >>> [round(row.at_least(), 2) for row in rows], [round(row.at_least(among=1000), 2) for row in rows]
+        ([0.27, 0.16], [0.06, 0.09])
         """
         if not self.judged:
             return 0.0
-        n, p, z2 = self.judged, self.share, _Z**2
-        return max(0.0, (p + z2 / (2 * n) - _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n))
+        z = NormalDist().inv_cdf(1 - _ERROR / among)
+        n, p = self.judged, self.share
+        return max(0.0, (p + z**2 / (2 * n) - z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)) / (1 + z**2 / n))
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class FilterReport:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["key", "judged", "dropped", "share", "at_least", "magnitude", "excess", "remembered"])
         for row in self.rows:
-            numbers = (row.share, row.at_least, row.magnitude, row.excess)
+            numbers = (row.share, row.at_least(among=len(self.rows)), row.magnitude, row.excess)
             writer.writerow([row.key, row.judged, row.dropped, *(f"{number:.6g}" for number in numbers), row.remembered])
         write_text(Path(path), buffer.getvalue())
 
@@ -105,14 +111,15 @@ TOTALS = tuple(part.name for part in fields(FilterReport) if part.name != "rows"
 
 
 def ranked(rows: Iterable[KeyCount]) -> tuple[KeyCount, ...]:
-    """Rows of equal keys added up, most suspicious first: by `KeyCount.at_least`; where that is equal, by the larger excess.
+    """Rows of equal keys added up, most suspicious first: by `KeyCount.at_least` among all; where that is equal, by the larger excess.
 
-    A sample that was judged once says less than one that was judged often, and to be judged often is not suspicious by itself.
+    A sample that was judged once says less than one that was judged often, the less the more such samples there are; and to be judged
+    often is not suspicious by itself.
     """
     total: dict[Hashable, KeyCount] = {}
     for row in rows:
         total[row.key] = row if row.key not in total else _added(total[row.key], row)
-    return tuple(sorted(total.values(), key=lambda row: (-row.at_least, -row.excess, str(row.key))))
+    return tuple(sorted(total.values(), key=lambda row: (-row.at_least(among=len(total)), -row.excess, str(row.key))))
 
 
 def _added(first: KeyCount, second: KeyCount) -> KeyCount:

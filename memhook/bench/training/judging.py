@@ -62,7 +62,7 @@ class Judgment:
 
 
 @torch.no_grad()
-def judge(model: Model, unet: nn.Module, data: Data, report: FilterReport | None) -> Judgment:
+def judge(model: Model, unet: nn.Module, data: Data) -> Judgment:
     """Make pictures with the fine-tuned denoiser, and look at them."""
     recipe = data.recipe
     unet.eval()
@@ -80,7 +80,6 @@ def judge(model: Model, unet: nn.Module, data: Data, report: FilterReport | None
         detection_auc=roc_auc(own.reshape(recipe.planted, -1).mean(1), clean),
         agreement=float(np.mean(right)),
         clean_loss=_clean_loss(model, unet, data),
-        **({} if report is None else list_figures(report, *data.shown())),
     )
 
 

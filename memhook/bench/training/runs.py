@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from memhook.bench.training.finetune import Model, Steps, fine_tune, observe
-from memhook.bench.training.judging import Judgment, judge
+from memhook.bench.training.judging import Judgment, judge, list_figures
 from memhook.bench.training.overhead import Overhead, overhead
 from memhook.bench.training.recipe import Data, Recipe, Way
 from memhook.bench.training.signal import Signal, signal
 from memhook.files import write_text
 from memhook.fingerprint import fingerprint
 from memhook.testbed.bundle import load_pipeline
-from memhook.training import FilterCalibration, FilterReport
+from memhook.training import FilterCalibration, FilterReport, KeyCount
+from memhook.training.counts import ranked
 
 Track = Callable[[Sequence[int], str], Iterator[int]]
 _FORMAT = 2  # of the kept files; raise it when a run's meaning changes
@@ -67,16 +68,18 @@ def run_all(work: Path, recipe: Recipe, ways: Sequence[Way], *, seeds: int, roun
     start, runs, dropped = [], [], []
     for seed in range(seeds):
         data = Data(recipe, seed)
-        start.append(Judgment(**kept(["start", seed], lambda data=data: asdict(judge(model, model.denoiser(), data, None)))))  # type: ignore[misc]
+        start.append(Judgment(**kept(["start", seed], lambda data=data: asdict(judge(model, model.denoiser(), data)))))  # type: ignore[misc]
         for way in ways:
 
             def one(way: Way = way, data: Data = data) -> dict[str, Any]:
                 return _one(model, recipe, way, data, calibration, lambda steps: track(steps, f"{way.name}, seed {data.seed + 1} of {seeds}"))
 
             found = kept(["run", asdict(way), seed], one)
-            runs.append(Run(way, seed, Judgment(**found["judgment"])))
+            report = FilterReport(rows=ranked(KeyCount(*row) for row in found["rows"]))
+            judgment = Judgment(**found["judgment"])
+            runs.append(Run(way, seed, replace(judgment, **list_figures(report, *data.shown())) if way.filters else judgment))
             if seed == 0:
-                dropped += [{"way": way.name, **row} for row in found["dropped"]]
+                dropped += [{"way": way.name, **row} for row in _first(report)]
     cost = Overhead(**kept(["overhead", rounds, torch.get_num_threads()], lambda: asdict(overhead(model, recipe, calibration, rounds=rounds))))
     known = Signal(**kept(["signal"], lambda: asdict(signal(model, recipe, calibration))))
     return Results(recipe, start, runs, cost, known, dropped)
@@ -88,14 +91,13 @@ def _one(
     torch.manual_seed(data.seed)
     steps = Steps(model, recipe, way, data, calibration)
     report = fine_tune(steps, track=track)
-    return {"judgment": asdict(judge(model, steps.unet, data, report)), "dropped": _first(report)}
+    return {"judgment": asdict(judge(model, steps.unet, data)), "rows": [list(asdict(row).values()) for row in report.rows] if report else []}
 
 
-def _first(report: FilterReport | None, *, most: int = 20) -> list[dict[str, Any]]:
-    rows = () if report is None else report.rows[:most]
+def _first(report: FilterReport, *, most: int = 20) -> list[dict[str, Any]]:
     return [
         {"place": place, "key": row.key, "judged": row.judged, "dropped": row.dropped, "remembered": row.remembered, "excess": round(row.excess, 4)}
-        for place, row in enumerate(rows, 1)
+        for place, row in enumerate(report.rows[:most], 1)
     ]  # fmt: skip
 
 
