@@ -19,12 +19,13 @@ from memhook.intervention import replace_prediction
 from memhook.pairs import read_output
 from memhook.prediction import Evaluation
 from memhook.replay import unrecorded
-from memhook.tensors import row_hash, version
+from memhook.tensors import version
 from memhook.trace import Row
 from memhook_kdiffusion.calls import Call, find_declared, find_embedding, read_call
 from memhook_kdiffusion.conditioning import Names, Part, guidance_scale, read_conditioning
 from memhook_kdiffusion.matching import Pairing, doubt, find_by, in_order, match
 from memhook_kdiffusion.replays import Text, make_replay, read_text
+from memhook_kdiffusion.rows import Doubts, fingerprints, rows_of, same_inputs
 from memhook_kdiffusion.space import Combined
 from memhook_kdiffusion.substitution import RowSubstitution
 
@@ -78,27 +79,6 @@ class _Opened:
     substituted: list[Tensor] = field(default_factory=list)
 
 
-class _Doubts:
-    """What could not be told on the device, fetched for all evaluations at once when somebody asks."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
-        self._read: list[list[bool]] = []
-
-    def add(self, pairing: Pairing) -> int:
-        self._waiting.append(torch.cat([pairing.doubts, pairing.guided]))
-        return len(self._read) + len(self._waiting) - 1
-
-    def __getitem__(self, number: int) -> tuple[list[bool], list[bool]]:
-        if self._waiting:
-            sizes = [len(flags) for flags in self._waiting]
-            values = torch.split(torch.cat(self._waiting).cpu(), sizes)
-            self._read += [flags.tolist() for flags in values]
-            self._waiting = []
-        flags = self._read[number]
-        return flags[:4], flags[4:]
-
-
 class Run:
     """What one watch makes of the calls that it sees."""
 
@@ -107,7 +87,7 @@ class Run:
         self.hooks = contextlib.ExitStack()  # on denoisers, which a wrapper may make or exchange on the way
         self._hooked: list[weakref.ref[nn.Module]] = []
         self._opened: _Opened | None = None
-        self._doubts = _Doubts()
+        self._doubts = Doubts()
         self._checked: list[bool] = []
         self._seen: list[tuple[weakref.ref[Tensor], int | None]] = []  # noisy samples of the latest evaluations
         self._substitution: RowSubstitution | None = None
@@ -177,7 +157,7 @@ class Run:
             return None
         again = self._again(wrapper, args, kwargs, opened, self._moved(opened, pairing, combined, answer))
         changed = (answer.pred_cond != evaluation.pred_cond).flatten(1).any(1)
-        return Replaced(_rows_of(changed, again, output))
+        return Replaced(rows_of(changed, again, output))
 
     def close(self) -> None:
         """The block has ended, however."""
@@ -292,8 +272,8 @@ class Run:
         return Row(
             torch.where(pairing.guided, magnitude, torch.nan),
             sigma=opened.sigma,
-            same_inputs=_same_inputs(opened.calls, pairing) if self._form.layout is not None else None,
-            conditioning=_fingerprints(opened.calls, pairing),
+            same_inputs=same_inputs(opened.calls, pairing) if self._form.layout is not None else None,
+            conditioning=fingerprints(opened.calls, pairing),
             shape=tuple(denoised.shape[1:]),
             roles="matched" if self._form.layout is None else None,
             scale=None if opened.scale is None else np.full(len(opened.x), opened.scale),
@@ -339,27 +319,3 @@ _DECLARE = (
     'Declare the order of rows in one evaluation: KDiffusionAdapter(wrapper, layout="uncond_first"), "cond_first", or a tuple such as '
     '("cond", "other", "uncond")'
 )
-
-
-def _rows_of(changed: Tensor, again: Any, output: Any) -> Any:
-    """The second output, with the first one's rows for samples that did not change, to the bit."""
-    if not isinstance(again, Tensor) or not isinstance(output, Tensor) or again.shape != output.shape or len(output) != len(changed):
-        return again
-    return torch.where(changed.reshape(-1, *[1] * (output.ndim - 1)), again, output)
-
-
-def _same_inputs(calls: Sequence[Call], pairing: Pairing) -> Tensor | None:
-    """``(b,)`` bool: both predictions were made from one noisy sample."""
-    channels = min(call.denoised.shape[1] for call in calls)
-    hashes = torch.cat([row_hash(call.x[:, :channels]) for call in calls])
-    return hashes[pairing.cond[:, 0]] == hashes[pairing.uncond]
-
-
-def _fingerprints(calls: Sequence[Call], pairing: Pairing) -> Tensor | None:
-    """``(2, b)`` int64 of the conditional and the unconditional conditioning."""
-    texts = [call.text for call in calls]
-    if any(text is None for text in texts):
-        return None
-    hashes = torch.cat([row_hash(text) for text in texts if text is not None])
-    places = torch.arange(1, pairing.cond.shape[1] + 1, device=hashes.device) * pairing.weights.to(hashes.device).ne(0)
-    return torch.stack([(hashes[pairing.cond] * places).sum(1), hashes[pairing.uncond]])
