@@ -92,8 +92,8 @@ def test_one_class_alone_is_refused(sampled):
 
 def test_the_table_of_the_readme_names_its_columns(sampled):
     rows = detection_rows(sampled, seconds=[Seconds("magnitude", 8, 1, 0.25)], resamples=20)
-    text = markdown(rows, {"memorized": 20, "clean": 20, "steps": 12})
-    assert "| 20 memorized, 20 clean prompts | first step | first 10 | all 12 |" in text
+    text = markdown(rows, {"memorized": 20, "clean": 20, "steps": 12, "guidance_scale": 7.5})
+    assert "| 20 memorized, 20 clean prompts, guidance scale 7.5 | first step | first 10 | all 12 |" in text
     [line] = [line for line in text.splitlines() if line.startswith("| magnitude (ours), 8 images")]
     assert "/ 0.25 s |" in line
     [line] = [line for line in text.splitlines() if line.startswith("| density, pixels (l2), 4 images")]
@@ -104,9 +104,9 @@ def test_a_file_without_markers_is_refused_before_anything_runs(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing here")
     with pytest.raises(MemhookError, match="does not hold the two lines"):
-        run_detection_bench(Sampling(None, 4, 50, 7.5, "cpu", "float32", 0, 8), Options(tmp_path, readme=readme))
+        run_detection_bench(Sampling(None, 4, 50, 7.5, "cpu", "float32", 0, 8), Options(tmp_path, page=readme))
     before, after = read_page(testbed.model_path().parents[2] / "README.md", "detection")  # both markers, once each
-    assert "memhook bench detection --readme README.md" in before
+    assert "memhook bench detection --page README.md" in before
     assert after.strip()
 
 

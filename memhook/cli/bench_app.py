@@ -9,6 +9,8 @@ from memhook.cli.options import BatchSize, Device, Dtype, GuidanceScale, Model, 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measured results, printed by the run that measured them.")
 
+Page = Annotated[Path | None, typer.Option(help="Replace the part between this benchmark's markers in this file.")]
+
 
 @bench_app.command("detection")
 def bench_detection(
@@ -29,18 +31,15 @@ def bench_detection(
     dtype: Dtype = "float32",
     seed: Seed = 0,
     batch_size: BatchSize = 8,
-    readme: Annotated[Path | None, typer.Option(help="Replace the table between the markers in this file.")] = None,
+    page: Page = None,
 ) -> None:
     """The paper's Table 1: magnitude and density baselines on known prompts (bundled model: about 15 minutes on 2 cores)."""
     from memhook.bench.detection.report import Options, run_detection_bench
     from memhook.cli.sampling import Sampling
 
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
-    options = Options(work, memorized, clean, per_source, descriptor, timed, out, readme)
+    options = Options(work, memorized, clean, per_source, descriptor, timed, out, page)
     run_detection_bench(sampling, options)
-
-
-Page = Annotated[Path | None, typer.Option(help="Replace the part between this benchmark's markers in this file.")]
 
 
 @bench_app.command("capture")

@@ -38,13 +38,13 @@ class Options:
     descriptor: Path | None = None
     timed: int = 3
     out: Path | None = None
-    readme: Path | None = None
+    page: Path | None = None
 
 
 def run_detection_bench(sampling: Sampling, options: Options) -> None:
     """Sample (or go on sampling), time, print the tables, and write them where asked."""
-    if options.readme is not None:
-        read_page(options.readme, "detection")  # before the long run: a wrong file is told at once
+    if options.page is not None:
+        read_page(options.page, "detection")  # before the long run: a wrong file is told at once
     if (options.memorized is None) != (options.clean is None):
         raise MemhookError("a comparison on your own prompts needs both --memorized and --clean")
     if options.memorized is None and sampling.model is not None:
@@ -62,8 +62,8 @@ def run_detection_bench(sampling: Sampling, options: Options) -> None:
     _print(rows, unique, about)
     if options.out is not None:
         _write(options.out, [*rows, *unique], about, sampled)
-    if options.readme is not None:
-        put_in_page(options.readme, "detection", markdown(rows, about))
+    if options.page is not None:
+        put_in_page(options.page, "detection", markdown(rows, about))
 
 
 def _descriptor(options: Options, sampling: Sampling) -> tuple[Describe | None, str | None]:
@@ -191,10 +191,11 @@ def _flat(row: DetectionRow) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[DetectionRow], about: dict[str, Any]) -> str:
-    """The table as it stands in the README."""
+    """The table as it stands in the README and in docs/benchmarks.md."""
     stages = sorted({row.step for row in rows})
     head = " | ".join(stage_name(step, about["steps"]) for step in stages)
-    lines = [f"| {about['memorized']} memorized, {about['clean']} clean prompts | {head} |", f"|---|{'---|' * len(stages)}"]
+    what = f"{about['memorized']} memorized, {about['clean']} clean prompts, guidance scale {about['guidance_scale']:g}"
+    lines = [f"| {what} | {head} |", f"|---|{'---|' * len(stages)}"]
     for detector, images in dict.fromkeys((row.detector, row.images) for row in rows):
         cells = {row.step: row for row in rows if (row.detector, row.images) == (detector, images)}
         texts = []
