@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def recording(family: Family, host: Host) -> Iterator[Truth]:
 
     def wrap(owner: Any, name: str, around: Any) -> None:
         original = getattr(owner, name)
-        owner.__dict__[name] = lambda *args, **kwargs: around(original, args, kwargs)
+        # Modular pipelines pass on what they find in the signature of `forward`.
+        owner.__dict__[name] = functools.wraps(original)(lambda *args, **kwargs: around(original, args, kwargs))
         undo.append(lambda: owner.__dict__.pop(name))
 
     def forward(original: Any, args: Any, kwargs: Any) -> Any:
@@ -61,7 +63,7 @@ def recording(family: Family, host: Host) -> Iterator[Truth]:
     for name in host.denoisers:
         wrap(getattr(host.pipeline, name), "forward", forward)
     for name in host.schedulers:
-        # Pipelines look at the signature of `step`: keep it by wrapping the method that `step` calls on.
+        # Pipelines look at the signature of `step`, and copy their scheduler: a bound method steps the copy.
         scheduler = getattr(host.pipeline, name)
         original = type(scheduler).step
         patched = _signed(original, step)
@@ -75,8 +77,6 @@ def recording(family: Family, host: Host) -> Iterator[Truth]:
 
 
 def _signed(original: Any, around: Any) -> Any:
-    import functools
-
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return around(functools.partial(original, self), args, kwargs)
