@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _LEAST_DIFFERENCE = 1e-6  # of two predictions, relative to the first; below it they are the same but for rounding
 _LEAST_EXPLAINED = 0.25  # share of what their mean leaves of the model output that the predictions have to explain
 _CLEAR_FIT = 0.99
+_CLEARLY_LESS = 0.5  # of what the predictions alone leave unexplained, if the noisy sample is a part of the combination
 _LEAST_WEIGHT = 1e-3  # relative to the largest; below it a prediction was not used
 _LEAST_TOTAL = 1e-3  # of the weights' sum, relative to the largest
 _NEARLY = 5e-3  # how far a sum of weights may be from -1
@@ -38,22 +39,30 @@ def fit_weights(observed: Observed) -> Fit | None:
         return _fit_moments(observed)
     count = observed.predictions
     with_noise = observed.products.shape[1] == count + 2
+    plain: list[tuple[np.ndarray, float, float] | None] = []
     for extra in (False, True) if with_noise else (False,):
         fits = [_fit_one(products, count, with_noise=extra) for products in observed.products]
         usable = [fit for fit in fits if fit is not None]
-        worst = min((quality for _, quality in usable), default=0.0)
+        worst = min((quality for _, quality, _ in usable), default=0.0)
         if worst == -np.inf:
             return None
+        both = [(fit, before) for fit, before in zip(fits, plain, strict=True) if fit is not None and before is not None] if extra else []
+        if any(fit[2] > _CLEARLY_LESS * before[2] for fit, before in both):
+            return None  # the noisy sample is no part of it
         if worst >= _LEAST_EXPLAINED:
-            weights = np.stack([weights for weights, _ in usable])
+            weights = np.stack([weights for weights, _, _ in usable])
             return Fit(weights, worst, np.array([fit is not None for fit in fits]))
+        plain = fits
     return None
 
 
-def _fit_one(products: np.ndarray, count: int, *, with_noise: bool) -> tuple[np.ndarray, float] | None:
+def _fit_one(products: np.ndarray, count: int, *, with_noise: bool) -> tuple[np.ndarray, float, float] | None:
+    """Weights, which share of the model output they explain, and what they leave of it; None where there is nothing to explain."""
     if not np.isfinite(products).all():
         return None
     lengths = np.sqrt(np.diag(products))
+    if with_noise and lengths[count] == 0:
+        return None  # read in a place where there is no noise, such as an empty picture beside it
     used = [index for index in range(count) if lengths[index] > _LEAST_DIFFERENCE * lengths[0]] + ([count] if with_noise else [])
     if lengths[0] == 0 or lengths[-1] == 0 or len(used) < 2:
         return None
@@ -78,8 +87,8 @@ def _fit_one(products: np.ndarray, count: int, *, with_noise: bool) -> tuple[np.
     quality = 1.0 - residual / left
     if total == 0:
         # The fit is right but its orientation is not clear, which makes the other samples' doubtful too; or it is not right.
-        return weights, -np.inf if quality > _CLEAR_FIT else 0.0
-    return weights / total, quality
+        return weights, -np.inf if quality > _CLEAR_FIT else 0.0, residual
+    return weights / total, quality, residual
 
 
 def _orientation(total: float, weights: np.ndarray, mean: np.ndarray, products: np.ndarray, *, with_noise: bool) -> float:
