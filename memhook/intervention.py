@@ -53,7 +53,7 @@ class Substitution:
 
     Args:
         path: Where the embedding stands among the arguments: a tensor ``(rows, l, d)``, a list with a tensor ``(l, d)`` for each row, or
-            a pooled vector for each row, ``(rows, d)``.
+            a tensor with as many elements a row (a pooled vector ``(rows, d)``, an axis of encoder layers ``(rows, l, layers, d / layers)``).
         captured: The conditional embedding ``(b, l, d)``.
         replacement: What takes its place.
         substituted: Gets ``()`` bool for each call.
@@ -76,10 +76,10 @@ class Substitution:
         return args, put(kwargs, self._path, changed)
 
     def _tensor(self, argument: Tensor) -> Tensor | None:
-        """A tensor ``(rows, l, d)`` or ``(rows, d)``; None where it cannot hold the captured rows."""
-        given = argument[:, None] if argument.ndim == 2 else argument
-        if given.shape[1:] != self._captured.shape[1:] or given.shape[0] % len(self._captured):
+        """A tensor ``(rows, l, d)``, or the same elements with other axes behind the rows; None where it cannot hold the captured rows."""
+        if argument.ndim < 2 or argument.shape[1:].numel() != self._captured.shape[1:].numel() or argument.shape[0] % len(self._captured):
             return None
+        given = argument.reshape(len(argument), *self._captured.shape[1:])
         times = given.shape[0] // len(self._captured)
         captured, replacement = (rows.to(given).repeat(times, 1, 1) for rows in (self._captured, self._replacement))
         same = (given == captured).flatten(1).all(1)  # (rows,)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from memhook.pairs import Prediction
 from memhook.replay import CallRecord, Path, look_up
 from memhook.tensors import copy_of, row_hash, version
-from memhook_diffusers.outputs import Reader, raw_output
+from memhook_diffusers.outputs import Reader, noisy_part, raw_output
 from memhook_diffusers.replays import PipelineCall
-from memhook_diffusers.text import find_sample, find_text, leaves, read_text
+from memhook_diffusers.text import find_sample, find_text, leaves, read_text, row_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,10 +123,10 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
     total = torch.zeros(batch, dtype=torch.int64, device=values.device if values is not None else None)
     known = alone
     for path, leaf in leaves(call.args, call.kwargs):
-        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0 or _positions(path):
+        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0 or _positions(path, leaf, batch):
             continue
-        factor = zlib.crc32(repr(path[:-1] if isinstance(path[-1], int) and len(path) > 1 else path).encode()) | 1
-        listed = _list_position(call, path, batch)
+        listed, place = row_of(call.args, call.kwargs, path, batch)
+        factor = zlib.crc32(repr(place).encode()) | 1
         if listed is not None:  # one tensor per row
             total[listed] += row_hash(leaf[None])[0].to(total.device) * factor
             known = True
@@ -141,16 +141,11 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
     return total if known else torch.arange(1, batch + 1, device=total.device) * 7046029254386353131
 
 
-def _positions(path: Path) -> bool:
-    """Whether an argument, by its name, holds positions, which belong to no row."""
+def _positions(path: Path, leaf: Tensor, batch: int) -> bool:
+    """Whether an argument, by its name, holds positions, which belong to no row; token ids do, and there is a row of them for each sample."""
+    if leaf.ndim == 2 and leaf.shape[0] == batch and not leaf.is_floating_point():
+        return False
     return any(word in str(key) for key in path for word in ("rotary", "ids", "coords", "freqs", "shapes"))
-
-
-def _list_position(call: Call, path: Path, batch: int) -> int | None:
-    if len(path) < 2 or not isinstance(path[-1], int):
-        return None
-    parent = look_up(call.args, call.kwargs, path[:-1])
-    return path[-1] if isinstance(parent, (list, tuple)) and len(parent) == batch else None
 
 
 def sample_hashes(predictions: Sequence[Prediction], *, whole: bool) -> Tensor:
@@ -159,9 +154,7 @@ def sample_hashes(predictions: Sequence[Prediction], *, whole: bool) -> Tensor:
 
 
 def _sample_hash(prediction: Prediction, *, whole: bool) -> Tensor:
-    values, sample = prediction.values, prediction.sample
-    if sample is None:
+    values, part = prediction.values, prediction.sample if whole else noisy_part(prediction)
+    if part is None:
         return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
-    if not whole and sample.ndim == values.ndim:
-        sample = sample[(slice(None), *(slice(0, size) for size in values.shape[1:]))]
-    return row_hash(torch.nan_to_num(sample) if sample.is_floating_point() else sample)
+    return row_hash(torch.nan_to_num(part) if part.is_floating_point() else part)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from memhook.pairs import Prediction
 
 Form = Literal["same", "frames_moved", "unknown"]
 """How the elements of a sample stand in what the scheduler is given: in the same order, with the frame axis moved, or not known."""
@@ -63,6 +66,16 @@ def raw_output(output: Any) -> Tensor | None:
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) and item.shape == value[0].shape for item in value):
         return torch.stack(list(value))  # Z-Image
     return value if isinstance(value, Tensor) else None
+
+
+def noisy_part(prediction: Prediction) -> Tensor | None:
+    """The noisy sample without channels or tokens that hold an image, a mask, or text: where the output has the prediction."""
+    sample, values, read = prediction.sample, prediction.values, prediction.read
+    if sample is None or sample.ndim != values.ndim:
+        return sample
+    if isinstance(read, Reader) and read.axis and read.stop <= sample.shape[read.axis]:
+        sample = sample.narrow(read.axis, read.start, read.stop - read.start)
+    return sample[(slice(None), *(slice(0, size) for size in values.shape[1:]))]
 
 
 def readers(output: Any, shape: tuple[int, ...]) -> list[Reader]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from memhook.errors import ReplayError
 from memhook.replay import CallRecord, Path, look_up
 from memhook.tensors import map_tensors
 from memhook.whole_batch import ReplayFunction, RowsOrWhole
-from memhook_diffusers.text import leaves, read_text, write_text
+from memhook_diffusers.text import find_sample, is_per_row, leaves, read_text, write_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memhook.pairs import Prediction
 
 _PER_FRAME = ("residual", "control")  # inputs with several rows a sample, beside the embedding
@@ -39,7 +39,7 @@ class PipelineCall(CallRecord):
                 return tensor.reshape(self.batch, count, *tensor.shape[1:])[rows].flatten(0, 1)
             return tensor
 
-        if isinstance(value, list) and len(value) == self.batch and all(isinstance(item, Tensor) for item in value):  # a tensor per row
+        if isinstance(value, list) and (value is find_sample(self.args, self.kwargs) or is_per_row(value, self.batch)):
             return value[rows] if isinstance(rows, slice) else [value[int(row)] for row in rows]
         return map_tensors(value, cut)
 

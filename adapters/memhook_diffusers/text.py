@@ -1,7 +1,8 @@
 """The text embedding among a denoiser's arguments, whatever form it has there, as ``(b, l, d)``.
 
-Most denoisers take a tensor ``(batch, l, d)``. AnimateDiff repeats it for every frame, Z-Image takes a list with a tensor per row, and
-AudioLDM a pooled vector ``(batch, d)``, which counts as one token.
+Most denoisers take a tensor ``(batch, l, d)``. AnimateDiff repeats it for every frame, Z-Image takes a list with a tensor per row, Krea 2
+an axis of text-encoder layers ``(batch, l, layers, d)``, whose layers count as one width, and AudioLDM and Shap-E a pooled vector
+``(batch, d)``, which counts as one token.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def find_sample(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def find_text(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Path | None:
     """Where the text embedding of ``batch`` rows stands: under a usual name, or else the one argument that could be it."""
     usual: list[Path] = [*((name,) for name in _USUAL), (2,)]
-    for fits in (_is_embedding, _is_repeated, _is_listed):
+    for fits in (_is_embedding, _is_layered, _is_repeated, _is_listed):
         for path in usual:
             if fits(look_up(args, dict(kwargs), path), batch):
                 return path
@@ -42,8 +43,7 @@ def find_text(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> P
     ]
     if len(others) == 1:
         return others[0]
-    pooled = [name for name in _POOLED if _is_vector(kwargs.get(name), batch)]
-    return (pooled[0],) if pooled else None
+    return next(((name,) for name in (*_USUAL, *_POOLED) if _is_vector(kwargs.get(name), batch)), None)
 
 
 def read_text(value: Any, rows: slice, batch: int) -> Tensor | None:
@@ -55,7 +55,9 @@ def read_text(value: Any, rows: slice, batch: int) -> Tensor | None:
         vectors: Tensor = value[rows, None]
         return vectors
     embedding: Tensor = value[:: len(value) // batch][rows]
-    return embedding.squeeze(1) if embedding.ndim == 4 else embedding
+    if embedding.ndim == 4:
+        return embedding.squeeze(1) if embedding.shape[1] == 1 else embedding.flatten(2)
+    return embedding
 
 
 def write_text(value: Any, embedding: Tensor, batch: int) -> Any:
@@ -64,7 +66,7 @@ def write_text(value: Any, embedding: Tensor, batch: int) -> Any:
         return list(embedding.unbind(0))
     if value.ndim == 2:
         return embedding[:, 0]
-    return (embedding[:, None] if value.ndim == 4 else embedding).repeat_interleave(len(value) // batch, 0)
+    return embedding.reshape(len(embedding), *value.shape[1:]).repeat_interleave(len(value) // batch, 0)
 
 
 def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
@@ -86,11 +88,35 @@ def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[P
         yield from walk(value, (name,))
 
 
+def row_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path, batch: int) -> tuple[int | None, Path]:
+    """Which row a tensor at ``path`` belongs to, if it stands in a list with an item for each of ``batch`` rows, and the path without it.
+
+    An item may be a tensor, or a list of its own (Z-Image Omni). A list of tensors that have the batch themselves, such as one for
+    each layer (Bria Fibo), is no such list, whatever its length.
+    """
+    for depth in range(1, len(path)):
+        parent = look_up(args, dict(kwargs), path[:depth])
+        if is_per_row(parent, batch):
+            return int(path[depth]), (*path[:depth], *path[depth + 1 :])
+    return None, path
+
+
+def is_per_row(value: Any, batch: int) -> bool:
+    """Whether ``value`` is a list with an item for each row of the batch."""
+    if not isinstance(value, (list, tuple)) or len(value) != batch:
+        return False
+    return not all(isinstance(item, Tensor) and item.ndim > 2 and item.shape[0] == batch for item in value)
+
+
 def _is_embedding(value: Any, batch: int) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     sequence = value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)  # Allegro has an axis of one before the tokens
     return sequence and value.shape[0] == batch
+
+
+def _is_layered(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] == batch and value.is_floating_point()
 
 
 def _is_repeated(value: Any, batch: int) -> bool:
