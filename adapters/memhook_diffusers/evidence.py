@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook_diffusers.outputs import noisy_part
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -38,13 +40,15 @@ class Observation:
     whole_samples: Tensor  # (n, b): the noisy sample with image and mask channels
     modules: tuple[int, ...]  # (n,) which module predicted
     ordered: bool  # whether the model output has its elements in the predictions' order
+    claims: Tensor | None = None  # (m, b, q, q) inner products of the predictions, the noisy sample, and a pair that a guider was given
 
     def read(self) -> Observed:
         """Wait for the device."""
         hashes = torch.stack([self.inputs, self.text, self.samples, self.whole_samples]).cpu().numpy()
         products, sums = self.products.to("cpu", torch.float64).numpy(), self.sums.to("cpu", torch.float64).numpy()
         inputs, text, samples, whole_samples = hashes
-        return Observed(products, sums, self.predictions, inputs, text, samples, whole_samples, self.modules, self.ordered)
+        claims = None if self.claims is None else self.claims.to("cpu", torch.float64).numpy()
+        return Observed(products, sums, self.predictions, inputs, text, samples, whole_samples, self.modules, self.ordered, claims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ class Observed:
     whole_samples: np.ndarray
     modules: tuple[int, ...]
     ordered: bool
+    claims: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -73,6 +78,7 @@ def observe(
     samples: Tensor,
     whole_samples: Tensor,
     modules: tuple[int, ...],
+    claims: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Observation:
     """Prepare an `Observation` without waiting for the device.
 
@@ -85,6 +91,7 @@ def observe(
         samples: See `Observation`.
         whole_samples: See `Observation`.
         modules: See `Observation`.
+        claims: ``(pred_cond, pred_uncond)`` that a guider was given, with the samples' elements in the model output's order.
     """
     first = predictions[0].values
     wide = torch.float64 if first.device.type != "mps" else torch.float32
@@ -94,10 +101,14 @@ def observe(
 
     vectors = [flat(first)]
     vectors += [flat(prediction.values) - vectors[0] for prediction in predictions[1:]]
-    noisy = predictions[0].sample
+    noisy = noisy_part(predictions[0])
     if noisy is not None and noisy.shape == first.shape:
         vectors.append(flat(noisy))
     vectors.append(model_output.detach().to(first.device, wide).reshape(first.shape[0], -1))
     stacked = torch.stack(vectors, dim=1)  # (b, k, elements)
     products = stacked @ stacked.transpose(1, 2)  # (b, k, k)
-    return Observation(products, stacked.sum(2), len(predictions), inputs, text, samples, whole_samples, modules, reader.form != "unknown")
+    ordered = reader.form != "unknown"
+    whole = [flat(prediction.values) for prediction in predictions] + vectors[len(predictions) : -1]
+    pairs = [[*whole, *(given.to(first.device, wide).reshape(first.shape[0], -1) for given in pair)] for pair in claims if ordered]
+    grams = torch.stack([basis @ basis.transpose(1, 2) for basis in (torch.stack(pair, dim=1) for pair in pairs)]) if pairs else None
+    return Observation(products, stacked.sum(2), len(predictions), inputs, text, samples, whole_samples, modules, ordered, grams)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from memhook.prediction import Roles
     from memhook_diffusers.evidence import Observed
+from memhook_diffusers.claims import claimed_pair
 from memhook_diffusers.fit import Fit, fit_weights
 
 _CLEAR_FIT = 0.99  # share of the model output that is explained
@@ -68,6 +69,9 @@ def decide(observations: Iterable[Observed], *, prior: tuple[int, int] | None, r
 def _decide(observed: Observed, prior: tuple[int, int] | None, reading: int) -> Decision:
     count = observed.predictions
     fit = fit_weights(observed)
+    claimed = claimed_pair(observed.claims, count)
+    if claimed is not None:
+        return Decision(reading, *claimed, "matched", None if fit is None else _scale(observed, fit, claimed[0]), quality=1.0)
     classes = _classes(observed)
     best = [_heaviest(members, fit) for members in classes]  # one prediction per set of equal inputs
     pairs = [(i, j) for i in best for j in best if i < j and _same(observed.samples, i, j)]

@@ -24,6 +24,7 @@ from memhook_diffusers.replays import make_replay
 from memhook_diffusers.ways import (
     MOST,
     Cut,
+    claimed,
     embedding_of,
     equal_halves,
     halves_of,
@@ -65,7 +66,7 @@ class Run:
         self._recorder = PairRecorder()
         self._conditioning = Conditioning()
         self._calls: deque[Call] = deque(maxlen=2 * MOST)
-        self._named: dict[str, Any] = {}  # what a guider was given, by name
+        self._named: list[dict[str, Any]] = []  # what guiders were given, by name (LTX 2 has one more for sound)
         self._layouts: dict[Any, Layout] = {}
         self._recorded = False
         self._unread: tuple[int, ...] | None = None  # what a scheduler was given that no output has the form of
@@ -84,7 +85,7 @@ class Run:
     def on_guider(self, guider: Any, arguments: dict[str, Any]) -> None:  # noqa: ARG002 -- the form of a tap's listener
         """A guider is given its predictions by name."""
         if self._watcher.listening:
-            self._named = arguments
+            self._named.append(arguments)
 
     def on_step(self, scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """The scheduler is about to step; what it is to be given instead, where somebody intervened."""
@@ -93,7 +94,7 @@ class Run:
             return None
         calls, named = _of_this_run(self._calls, scheduler), self._named
         self._calls.clear()
-        self._named = {}
+        self._named = []
         target = without_variance(model_output, arguments.get("sample")).detach()
         ways = readings_of(calls, tuple(target.shape))
         if not ways:
@@ -150,14 +151,15 @@ class Run:
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
     def _evaluate(
-        self, ways: Sequence[Cut], target: Tensor, space: Space, timestep: Any, *, doubled: Tensor | None, named: dict[str, Any]
+        self, ways: Sequence[Cut], target: Tensor, space: Space, timestep: Any, *, doubled: Tensor | None, named: Sequence[dict[str, Any]]
     ) -> Tensor | None:
         readings = [read_way(way, self._conditioning) for way in ways]
         key = (doubled is not None, *((id(call.module), len(predictions)) for call, _, _, predictions in ways[0]))
         layout = self._layouts.setdefault(key, Layout(prior_of(ways[0])))
         given = matched(ways[0], named)
         if given is None and layout.wants_observation():
-            layout.observe([observe_way(way, reading, target) for way, reading in zip(ways, readings, strict=True)], doubled)
+            claims = claimed(named, target)
+            layout.observe([observe_way(way, reading, target, claims) for way, reading in zip(ways, readings, strict=True)], doubled)
         decide = layout.decide if given is None else lambda: given
         numbers = [reading.numbers() for reading in readings]
         settle = _settling(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memhook.replay import look_up
 from memhook.tensors import row_hash
@@ -60,21 +60,29 @@ def without_variance(model_output: Tensor, sample: Any) -> Tensor:
 
 
 def readings_of(calls: Sequence[Call], shape: tuple[int, ...]) -> list[Cut]:
-    """The calls that predicted, cut into predictions, in every way in which they can be read."""
+    """The calls that predicted, cut into predictions, in every way in which they can be read.
+
+    A call that can be read in one way only is read in that in all of them: Ideogram 4 gives its conditional model tokens of text too.
+    """
     found = [(call, options) for call in calls if (options := readers(call.output, shape))]
     best = min((options[0].doubt for _, options in found), default=0)
-    predicting = {id(call.module) for call, options in found if options[0].doubt == best}  # not a text encoder of a like shape
-    found = [(call, options) for call, options in found if id(call.module) in predicting]
+    predicting = {_kind(call.module) for call, options in found if options[0].doubt == best}  # not a text encoder of a like shape
+    found = [(call, options) for call, options in found if _kind(call.module) in predicting]
     ways = []
-    for index in range(min((len(options) for _, options in found), default=0)):
+    for index in range(max((len(options) for _, options in found), default=0)):
         way: Cut = []
         for call, options in found:
-            values = options[index](call.output).detach()
-            way.append((call, options[index], values, cut(call, options[index], values)))
+            reader = options[min(index, len(options) - 1)]
+            values = reader(call.output).detach()
+            way.append((call, reader, values, cut(call, reader, values)))
         while len(way) > 1 and sum(len(predictions) for *_, predictions in way) > MOST:
             way.pop(0)
         ways.append(way)
     return ways
+
+
+def _kind(module: nn.Module) -> type:
+    return type(getattr(module, "_orig_mod", module))  # torch.compile
 
 
 def halves_of(way: Cut) -> Cut | None:
@@ -102,27 +110,41 @@ def prior_of(way: Cut) -> tuple[int, int] | None:
     return (1, 0) if len(way) == 1 else (0, 1)
 
 
-def matched(way: Cut, named: dict[str, Any]) -> Decision | None:
+def matched(way: Cut, named: Sequence[dict[str, Any]]) -> Decision | None:
     """The pair that a guider was given by name, if its tensors are the predictions themselves."""
-    sources = [call.source[prediction.rows] for call, _, _, found in way for prediction in found if call.source.ndim]
+    sources = [_in_source(call, reader, prediction.rows) for call, reader, _, found in way for prediction in found]
 
-    def find(name: str) -> int | None:
-        given = named.get(name)
+    def find(given: Any) -> int | None:
         if not isinstance(given, Tensor):
             return None
-        return next((index for index, source in enumerate(sources) if source.data_ptr() == given.data_ptr() and source.shape == given.shape), None)
+        return next((i for i, source in enumerate(sources) if source.data_ptr() == given.data_ptr() and source.shape == given.shape), None)
 
-    cond, uncond = find("pred_cond"), find("pred_uncond")
-    if cond is None:
-        return None
-    if uncond is None:
-        if named.get("pred_uncond") is not None:
-            return None
-        return Decision(reason="has a guider that was given no unconditional prediction")
-    return Decision(0, cond, uncond, "matched")
+    for arguments in named:
+        cond, uncond = find(arguments.get("pred_cond")), find(arguments.get("pred_uncond"))
+        if cond is not None and uncond is not None:
+            return Decision(0, cond, uncond, "matched")
+        if cond is not None and arguments.get("pred_uncond") is None:
+            return Decision(reason="has a guider that was given no unconditional prediction")
+    return None
 
 
-def observe_way(way: Cut, reading: Reading, target: Tensor) -> Observation:
+def _in_source(call: Call, reader: Reader, rows: slice) -> Tensor:
+    """Where a prediction lies in the output that the host has."""
+    same = reader.axis and call.source.ndim > reader.axis and call.source.shape[reader.axis] >= reader.stop
+    return (call.source.narrow(reader.axis, reader.start, reader.stop - reader.start) if same else call.source)[rows]
+
+
+def claimed(named: Sequence[dict[str, Any]], target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What guiders were given by name as the two predictions, if it has the size of what the scheduler is given: copies, or converted."""
+    pairs = [(arguments.get("pred_cond"), arguments.get("pred_uncond")) for arguments in named]
+    return [
+        (cond.detach(), uncond.detach())
+        for cond, uncond in pairs
+        if isinstance(cond, Tensor) and isinstance(uncond, Tensor) and cond.numel() == uncond.numel() == target.numel()
+    ]
+
+
+def observe_way(way: Cut, reading: Reading, target: Tensor, claims: Sequence[tuple[Tensor, Tensor]] = ()) -> Observation:
     """What a step shows about its predictions, if they are read this way."""
     inputs, modules = [], []
     for call, _, values, found in way:
@@ -143,4 +165,5 @@ def observe_way(way: Cut, reading: Reading, target: Tensor) -> Observation:
         samples=samples,
         whole_samples=whole,
         modules=tuple(modules),
+        claims=claims,
     )
