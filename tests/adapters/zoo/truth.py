@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from tests.adapters.zoo.inputs import Part, map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,12 +23,21 @@ if TYPE_CHECKING:
 class Step:
     cond: Tensor
     uncond: Tensor | None
+    cond_part: Part
+    uncond_part: Part | None
 
     @property
     def magnitudes(self) -> Tensor:
         if self.uncond is None:
             return torch.full((len(self.cond),), torch.nan)
         return (self.cond.double() - self.uncond.double()).flatten(1).norm(dim=1)
+
+
+@dataclass
+class Call:
+    output: Tensor
+    module: int
+    arguments: dict[str, Any]
 
 
 @dataclass
@@ -48,8 +60,9 @@ def recording(family: Family, host: Host) -> Iterator[Truth]:
         undo.append(lambda: owner.__dict__.pop(name))
 
     def forward(original: Any, args: Any, kwargs: Any) -> Any:
+        arguments = map_tensors(inspect.signature(original).bind(*args, **kwargs).arguments, lambda tensor: tensor.detach().clone())
         output = original(*args, **kwargs)
-        calls.append((host.read or first_tensor)(output).detach().clone())
+        calls.append(Call((host.read or first_tensor)(output).detach().clone(), id(original.__self__), arguments))
         return output
 
     def step(original: Any, args: Any, kwargs: Any) -> Any:
@@ -92,18 +105,20 @@ def first_tensor(output: Any) -> Tensor:
     return output[0]
 
 
-def split(layouts: tuple[str, ...], calls: list[Tensor], model_output: Tensor, given: int | None) -> Step:
+def split(layouts: tuple[str, ...], calls: list[Call], model_output: Tensor, given: int | None) -> Step:
     """Cut a step's outputs as the one layout says that fits their number."""
     for layout in layouts:
         doubled, pattern = layout.startswith("("), layout.strip("()").split("|")
         samples = given or (len(model_output) // 2 if doubled else len(model_output))
-        if len(pattern) == len(calls) and all(len(call) == samples * len(part) for call, part in zip(calls, pattern, strict=True)):
-            found = {}
-            for call, part in zip(calls, pattern, strict=True):
-                for letter, chunk in zip(part, call.chunk(len(part)), strict=True):
-                    found.setdefault(letter, chunk)
-            return Step(crop(found["c"], model_output), crop(found["u"], model_output) if "u" in found else None)
-    raise AssertionError(f"none of the layouts {layouts} fits calls of {[tuple(call.shape) for call in calls]} for {tuple(model_output.shape)}")
+        if len(pattern) == len(calls) and all(len(call.output) == samples * len(part) for call, part in zip(calls, pattern, strict=True)):
+            found: dict[str, tuple[Tensor, Part]] = {}
+            for call, letters in zip(calls, pattern, strict=True):
+                for index, (letter, chunk) in enumerate(zip(letters, call.output.chunk(len(letters)), strict=True)):
+                    part = Part(call.module, call.arguments, index, len(letters), samples)
+                    found.setdefault(letter, (crop(chunk, model_output), part))
+            return Step(found["c"][0], found["u"][0] if "u" in found else None, found["c"][1], found["u"][1] if "u" in found else None)
+    shapes = [tuple(call.output.shape) for call in calls]
+    raise AssertionError(f"none of the layouts {layouts} fits calls of {shapes} for {tuple(model_output.shape)}")
 
 
 def crop(values: Tensor, model_output: Tensor) -> Tensor:
