@@ -123,7 +123,9 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
     total = torch.zeros(batch, dtype=torch.int64, device=values.device if values is not None else None)
     known = alone
     for path, leaf in leaves(call.args, call.kwargs):
-        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0 or _positions(path, leaf, batch):
+        if id(leaf) in of_sample or path[0] in _TIMES or path == (1,) or leaf.numel() == 0 or leaf.ndim == 0:
+            continue
+        if not alone and _positions(path, leaf, batch):
             continue
         listed, place = row_of(call.args, call.kwargs, path, batch)
         factor = zlib.crc32(repr(place).encode()) | 1
@@ -142,7 +144,7 @@ def input_hashes(call: Call, batch: int, *, alone: bool) -> Tensor:
 
 
 def _positions(path: Path, leaf: Tensor, batch: int) -> bool:
-    """Whether an argument, by its name, holds positions, which belong to no row; token ids do, and there is a row of them for each sample."""
+    """Whether an argument, by its name, holds positions, which belong to no row; token ids do, and there is a row of them for each."""
     if leaf.ndim == 2 and leaf.shape[0] == batch and not leaf.is_floating_point():
         return False
     return any(word in str(key) for key in path for word in ("rotary", "ids", "coords", "freqs", "shapes"))

@@ -3,7 +3,19 @@
 `families` gives them all; each says in its `layout` what the adapter has to find out by itself.
 """
 
-from tests.adapters.zoo import extras, forms, images, loops, modular, others, recent, texts, transformers, videos  # noqa: F401 -- they register theirs
+from tests.adapters.zoo import (  # noqa: F401 -- they register their families
+    extras,
+    forms,
+    images,
+    loops,
+    modular,
+    others,
+    recent,
+    steps,
+    texts,
+    transformers,
+    videos,
+)
 from tests.adapters.zoo.family import FAMILIES, Family, Host, family
 
 __all__ = ["FAMILIES", "Family", "Host", "family"]

@@ -7,20 +7,25 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.adapters.zoo import images
 from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, generator, quiet, randn, randomize
+from tests.adapters.zoo.models import (
+    LENGTH,
+    WIDTH,
+    clip_text,
+    ddim,
+    flux_transformer,
+    movq,
+    pixart_transformer,
+    sana_transformer,
+    wan_transformer,
+    wan_vae,
+)
 from tests.adapters.zoo.others import Words, run_of
-from tests.adapters.zoo.transformers import LENGTH, WIDTH, host, text
-from tests.adapters.zoo.videos import VIDEO, wan_vae
-
-
-def clip_text() -> torch.nn.Module:
-    config = transformers.CLIPTextConfig(
-        vocab_size=99, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8
-    )
-    return randomize(transformers.CLIPTextModel(config))
+from tests.adapters.zoo.transformers import host, text
+from tests.adapters.zoo.videos import VIDEO
 
 
 def worded(name: str, **call: Any) -> Host:
@@ -61,18 +66,6 @@ def _() -> Host:
 
 @family("SanaPAGPipeline", "ucp")
 def _() -> Host:
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=WIDTH,
-        sample_size=8,
-    )
     vae = diffusers.AutoencoderDC(
         latent_channels=4,
         attention_head_dim=2,
@@ -89,7 +82,7 @@ def _() -> Host:
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
     )
-    components = {"transformer": randomize(transformer), "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    components = {"transformer": sana_transformer(2), "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()}
     return host(
         "SanaPAGPipeline", components, height=32, width=32, use_resolution_binning=False, negative_prompt=None, pag_scale=2.0, **text(mask=True)
     )
@@ -97,59 +90,23 @@ def _() -> Host:
 
 @family("PixArtSigmaPAGPipeline, learned variance", "ucp")
 def _() -> Host:
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=8,
-        sample_size=8,
-        patch_size=2,
-        caption_channels=WIDTH,
-        use_additional_conditions=False,
-    )
-    components = {"transformer": randomize(transformer), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1), "vae": images.vae()}
+    components = {"transformer": pixart_transformer(), "scheduler": ddim(), "vae": images.vae()}
     call = {"height": 16, "width": 16, "use_resolution_binning": False, "negative_prompt": None, "pag_scale": 2.0}
     return host("PixArtSigmaPAGPipeline", components, **call, **text(mask=True))
 
 
 @family("FluxKontextPipeline, tokens of a reference image", "c|u")
 def _() -> Host:
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=6,
-        axes_dims_rope=(2, 2, 4),
-    )
     vae = images.vae()
     vae.register_to_config(shift_factor=0.0)
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae}
+    components = {"transformer": flux_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae}
     call = {"image": images.picture(size=32), "height": 16, "width": 16, "max_area": 16 * 16, "true_cfg_scale": 4.0, "_auto_resize": False}
     return host("FluxKontextPipeline", components, **call, **text(pooled=6))
 
 
 @family("WanImageToVideoPipeline, image channels", "c|u")
 def _() -> Host:
-    torch.manual_seed(0)
-    transformer = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=1,
-        attention_head_dim=12,
-        in_channels=12,
-        out_channels=4,
-        text_dim=WIDTH,
-        freq_dim=8,
-        ffn_dim=8,
-        num_layers=1,
-        rope_max_seq_len=16,
-    )
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": wan_vae()}
+    components = {"transformer": wan_transformer(in_channels=12), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": wan_vae()}
     image = images.picture(size=32)[:1]
     one = {name: value[:1] for name, value in text().items()}
     return host("WanImageToVideoPipeline", components, image=image, image_embeds=None, **VIDEO, **one)
@@ -195,17 +152,9 @@ def _() -> Host:
         cross_attention_dim=4,
         encoder_hid_dim=WIDTH,
     )
-    movq = diffusers.VQModel(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        num_vq_embeddings=12,
-        norm_type="spatial",
-        vq_embed_dim=4,
-    )
+    vae = movq(block_out_channels=(32, 64), norm_num_groups=32, norm_type="spatial")
     t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=99, d_model=WIDTH, d_kv=2, d_ff=8, num_layers=1, num_heads=2)).eval()
-    components = {"unet": randomize(unet), "movq": movq.eval(), "tokenizer": Words(), "text_encoder": t5, "scheduler": diffusers.DDPMScheduler()}
+    components = {"unet": randomize(unet), "movq": vae, "tokenizer": Words(), "text_encoder": t5, "scheduler": diffusers.DDPMScheduler()}
     pipeline = quiet(diffusers.Kandinsky3Pipeline(**components))
     ones = torch.ones(PROMPTS, LENGTH)
     call = {"height": 16, "width": 16, "output_type": "latent", "attention_mask": ones, "negative_attention_mask": ones, **images.text()}

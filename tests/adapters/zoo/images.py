@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, generator, quiet, randn, randomize
+from tests.adapters.zoo.models import LENGTH, WIDTH, ddim
 
 if TYPE_CHECKING:
     import torch
-
-LENGTH, WIDTH = 5, 8
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
@@ -43,7 +42,7 @@ def parts(**changes: Any) -> dict[str, Any]:
         "text_encoder": None,
         "tokenizer": None,
         "unet": unet(),
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "scheduler": ddim(),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
@@ -92,9 +91,7 @@ def _() -> Host:
 
 @family("StableDiffusionPipeline, v-prediction", "uc")
 def _() -> Host:
-    return host(
-        "StableDiffusionPipeline", components=parts(scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1))
-    )
+    return host("StableDiffusionPipeline", components=parts(scheduler=ddim(prediction_type="v_prediction")))
 
 
 @family("StableDiffusionPipeline, guidance off", "c", missing="guidance_scale above 1")
@@ -164,7 +161,7 @@ def xl_parts(**changes: Any) -> dict[str, Any]:
         "text_encoder_2": None,
         "tokenizer_2": None,
         "unet": denoiser,
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "scheduler": ddim(),
         **changes,
     }
 

@@ -68,7 +68,7 @@ def pixart_transformer() -> torch.nn.Module:
     return randomize(transformer)
 
 
-def sana_transformer(layers: int = 1) -> torch.nn.Module:
+def sana_transformer(layers: int = 1, **changes: Any) -> torch.nn.Module:
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -80,6 +80,7 @@ def sana_transformer(layers: int = 1) -> torch.nn.Module:
         cross_attention_dim=8,
         caption_channels=WIDTH,
         sample_size=SIZE,
+        **changes,
     )
     return randomize(transformer)
 
@@ -168,3 +169,28 @@ def ltx2_transformer(**changes: Any) -> torch.nn.Module:
         **changes,
     )
     return randomize(transformer)
+
+
+def sound_vae() -> torch.nn.Module:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4),
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+    ).eval()
+
+
+def vocoder() -> torch.nn.Module:
+    config = transformers.SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        sampling_rate=16000,
+        upsample_initial_channel=8,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]],
+        normalize_before=False,
+    )
+    return transformers.SpeechT5HifiGan(config).eval()

@@ -7,11 +7,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, DDPMScheduler, DDPMWuerstchenScheduler
+from diffusers import DDPMScheduler, DDPMWuerstchenScheduler
 
 from tests.adapters.zoo import images
 from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, generator, quiet, randn, randomize
-from tests.adapters.zoo.images import WIDTH
+from tests.adapters.zoo.models import WIDTH, clip_text, ddim, movq, prior, sound_vae, vocoder
 
 
 def run_of(pipeline: Any, **arguments: Any) -> Any:
@@ -39,6 +39,9 @@ def _() -> Host:
     return Host(pipeline, run_of(pipeline, num_inference_steps=STEPS, output_type="pt", height=8, width=8, **images.text()))
 
 
+MOVQ: dict[str, Any] = {"block_out_channels": (32, 32), "norm_num_groups": 8, "num_vq_embeddings": 4, "norm_type": "spatial"}
+
+
 def kandinsky_unet() -> torch.nn.Module:
     return images.unet(
         out_channels=8,
@@ -53,22 +56,9 @@ def kandinsky_unet() -> torch.nn.Module:
     )
 
 
-def movq() -> torch.nn.Module:
-    return diffusers.VQModel(
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        num_vq_embeddings=4,
-        norm_type="spatial",
-        vq_embed_dim=4,
-    ).eval()
-
-
 @family("KandinskyV22Pipeline, image embeddings", "uc", replay=r"nothing to replace.*image_embeds \(4, 6\) float32")
 def _() -> Host:
-    pipeline = quiet(diffusers.KandinskyV22Pipeline(unet=kandinsky_unet(), movq=movq(), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1)))
+    pipeline = quiet(diffusers.KandinskyV22Pipeline(unet=kandinsky_unet(), movq=movq(**MOVQ), scheduler=ddim()))
     embeds = {"image_embeds": randn(PROMPTS, 6), "negative_image_embeds": randn(PROMPTS, 6, seed=1)}
     return Host(pipeline, run_of(pipeline, num_inference_steps=STEPS, height=16, width=16, output_type="latent", **embeds))
 
@@ -96,18 +86,12 @@ class Words:
 
 
 def kandinsky_prior_parts() -> dict[str, Any]:
-    text = transformers.CLIPTextConfig(
-        vocab_size=99, hidden_size=6, projection_dim=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8
-    )
     vision = transformers.CLIPVisionConfig(
         hidden_size=6, projection_dim=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
-    prior = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=4, embedding_dim=6, num_layers=1, num_embeddings=8, additional_embeddings=4
-    )
     return {
-        "prior": randomize(prior),
-        "text_encoder": transformers.CLIPTextModelWithProjection(text).eval(),
+        "prior": prior(),
+        "text_encoder": clip_text(6, projection=6),
         "image_encoder": transformers.CLIPVisionModelWithProjection(vision).eval(),
         "tokenizer": Words(),
         "scheduler": diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000),
@@ -124,12 +108,8 @@ def _() -> Host:
 
 @family("KandinskyV22CombinedPipeline, two stages", "uc")
 def _() -> Host:
-    prior = {f"prior_{name}": part for name, part in kandinsky_prior_parts().items()}
-    pipeline = quiet(
-        diffusers.KandinskyV22CombinedPipeline(
-            unet=kandinsky_unet(), movq=movq(), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), **prior
-        )
-    )
+    first = {f"prior_{name}": part for name, part in kandinsky_prior_parts().items()}
+    pipeline = quiet(diffusers.KandinskyV22CombinedPipeline(unet=kandinsky_unet(), movq=movq(**MOVQ), scheduler=ddim(), **first))
     run = run_of(
         pipeline,
         prompt=["a red apple", "two boats"],
@@ -171,12 +151,8 @@ def cascade_text() -> dict[str, torch.Tensor]:
 
 @family("StableCascadePriorPipeline", "cu")
 def _() -> Host:
-    prior = cascade("StableCascadeUNet", clip_text_in_channels=WIDTH, clip_image_in_channels=6)
-    config = transformers.CLIPTextConfig(
-        vocab_size=99, hidden_size=WIDTH, projection_dim=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
-    encoder = transformers.CLIPTextModelWithProjection(config).eval()
-    components = {"prior": prior, "text_encoder": encoder, "tokenizer": Words(), "scheduler": DDPMWuerstchenScheduler()}
+    model = cascade("StableCascadeUNet", clip_text_in_channels=WIDTH, clip_image_in_channels=6)
+    components = {"prior": model, "text_encoder": clip_text(projection=6), "tokenizer": Words(), "scheduler": DDPMWuerstchenScheduler()}
     pipeline = quiet(diffusers.StableCascadePriorPipeline(**components))
     call = {"num_inference_steps": STEPS, "height": 128, "width": 128, "output_type": "pt", **cascade_text()}
     return Host(pipeline, run_of(pipeline, **call), denoisers=("prior",))
@@ -190,38 +166,11 @@ def _() -> Host:
         projection_class_embeddings_input_dim=WIDTH,
         class_embeddings_concat=True,
     )
-    vocoder = transformers.SpeechT5HifiGan(
-        transformers.SpeechT5HifiGanConfig(
-            model_in_dim=8,
-            sampling_rate=16000,
-            upsample_initial_channel=8,
-            upsample_rates=[2, 2],
-            upsample_kernel_sizes=[4, 4],
-            resblock_kernel_sizes=[3],
-            resblock_dilation_sizes=[[1]],
-            normalize_before=False,
-        )
-    ).eval()
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(4, 4),
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2,
-    ).eval()
     config = transformers.ClapTextConfig(
         vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, projection_dim=WIDTH
     )
     encoder = transformers.ClapTextModelWithProjection(config).eval()
-    components = {
-        "vae": vae,
-        "text_encoder": encoder,
-        "tokenizer": None,
-        "unet": unet,
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
-        "vocoder": vocoder,
-    }
+    components = {"vae": sound_vae(), "text_encoder": encoder, "tokenizer": None, "unet": unet, "scheduler": ddim(), "vocoder": vocoder()}
     pipeline = quiet(diffusers.AudioLDMPipeline(**components))
     embeds = {"prompt_embeds": randn(PROMPTS, WIDTH), "negative_prompt_embeds": randn(PROMPTS, WIDTH, seed=1)}
     arguments = {"num_inference_steps": STEPS, "audio_length_in_s": 0.004, "output_type": "pt", **embeds}

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import diffusers
 import torch
-import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.adapters.zoo import images
 from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, quiet, randn, randomize
+from tests.adapters.zoo.models import LENGTH, WIDTH, clip_text, ltx2_transformer
 from tests.adapters.zoo.others import Words, cascade, cascade_text, run_of
-from tests.adapters.zoo.transformers import LENGTH, WIDTH, host, text
+from tests.adapters.zoo.transformers import host, text
 
 
 @family("LTX2Pipeline, all its guidance, sound", "uc|s|m")
 def _() -> Host:
-    transformer = diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=4,
-        audio_cross_attention_dim=8,
-        num_layers=1,
-        caption_channels=WIDTH,
-        rope_double_precision=False,
-        rope_type="split",
-    )
     connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
         caption_channels=WIDTH,
         text_proj_in_factor=1,
@@ -95,7 +79,7 @@ def _() -> Host:
         leaky_relu_negative_slope=0.1,
         output_sampling_rate=16000,
     )
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae}
+    components = {"transformer": ltx2_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae}
     components |= {"audio_vae": audio_vae, "connectors": connectors, "vocoder": vocoder}
     call = {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 25.0, "spatio_temporal_guidance_blocks": [0]}
     return host("LTX2Pipeline", components, **call, **text(mask=True))
@@ -125,7 +109,9 @@ def _() -> Host:
     embeds["prompt_embeds_llama3"] = randn(2, PROMPTS, LENGTH, WIDTH, seed=2)  # two layers
     embeds["negative_prompt_embeds_llama3"] = randn(2, PROMPTS, LENGTH, WIDTH, seed=3)
     embeds |= {"pooled_prompt_embeds": randn(PROMPTS, 6, seed=4), "negative_pooled_prompt_embeds": randn(PROMPTS, 6, seed=5)}
-    return host("HiDreamImagePipeline", {**components, "text_encoder_4": None, "tokenizer_4": None}, height=16, width=16, **embeds)
+    built = host("HiDreamImagePipeline", {**components, "text_encoder_4": None, "tokenizer_4": None}, height=16, width=16, **embeds)
+    built.pipeline.default_sample_size = 8  # it enlarges what it is asked for to this
+    return built
 
 
 @family("Kandinsky5T2VPipeline", "c|u")
@@ -152,12 +138,9 @@ def _() -> Host:
 
 @family("StableCascadeDecoderPipeline", "cu")
 def _() -> Host:
-    config = transformers.CLIPTextConfig(
-        vocab_size=99, hidden_size=WIDTH, projection_dim=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
     components = {
         "decoder": cascade("StableCascadeUNet"),
-        "text_encoder": transformers.CLIPTextModelWithProjection(config).eval(),
+        "text_encoder": clip_text(projection=6),
         "tokenizer": Words(),
     }
     scheduler = diffusers.DDPMWuerstchenScheduler()

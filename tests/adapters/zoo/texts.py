@@ -6,11 +6,12 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.adapters.zoo import images
-from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, quiet, randn, randomize
-from tests.adapters.zoo.models import LENGTH, WIDTH, clip_text, prior, scaled, wan_vae, z_image_transformer
+from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, generator, quiet, randn, randomize
+from tests.adapters.zoo.models import LENGTH, WIDTH, clip_text, ddim, prior, scaled, sound_vae, vocoder, wan_vae, z_image_transformer
 from tests.adapters.zoo.others import Words, run_of
 from tests.adapters.zoo.transformers import host
 
@@ -167,3 +168,41 @@ def _() -> Host:
         del pipeline_omnigen.OmniGenMultiModalProcessor
     call = {"num_inference_steps": STEPS, "height": 16, "width": 16, "guidance_scale": 3.0, "output_type": "latent"}
     return Host(pipeline, run_of(pipeline, prompt=["a", "b"], **call), denoisers=("transformer",))
+
+
+@family("WuerstchenPriorPipeline, another name", "cu")
+def _() -> Host:
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
+
+    model = randomize(WuerstchenPrior(c_in=4, c=16, c_cond=WIDTH, c_r=8, depth=1, nhead=2))
+    components = {"tokenizer": Words(), "text_encoder": clip_text(), "prior": model, "scheduler": diffusers.DDPMWuerstchenScheduler()}
+    pipeline = quiet(diffusers.WuerstchenPriorPipeline(**components))
+    return Host(pipeline, run_of(pipeline, num_inference_steps=STEPS, height=256, width=256, **images.text()), denoisers=("prior",))
+
+
+@family("AudioLDM2Pipeline, two embeddings", "uc")
+def _() -> Host:
+    unet = diffusers.AudioLDM2UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=((None, WIDTH, 6),) * 2,
+        attention_head_dim=4,
+    )
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=99, d_model=WIDTH, d_kv=2, d_ff=8, num_layers=1, num_heads=2)).eval()
+    absent = dict.fromkeys(("text_encoder", "projection_model", "language_model", "tokenizer", "tokenizer_2", "feature_extractor"))
+    components = {"vae": sound_vae(), "vocoder": vocoder(), "unet": randomize(unet), "scheduler": ddim(), "text_encoder_2": t5, **absent}
+    pipeline = quiet(diffusers.AudioLDM2Pipeline(**components))
+
+    def encode(*_: Any, **__: Any) -> Any:
+        embeds, generated = (randn(2 * PROMPTS, length, width, seed=length) for length, width in ((4, 6), (LENGTH, WIDTH)))
+        return embeds, torch.ones(2 * PROMPTS, 4), generated
+
+    pipeline.encode_prompt = encode
+    call = {"prompt": ["a", "b"], "num_inference_steps": STEPS, "audio_length_in_s": 0.004, "output_type": "latent"}
+    return Host(pipeline, lambda: pipeline(generator=generator(), **call).audios)

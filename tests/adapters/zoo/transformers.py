@@ -10,9 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.adapters.zoo.family import PROMPTS, STEPS, Host, family, generator, quiet, randn, randomize
 from tests.adapters.zoo.images import vae
-
-LENGTH, WIDTH = 5, 8
-SIZE = 8  # of the latents
+from tests.adapters.zoo.models import LENGTH, SIZE, WIDTH, ddim, flux_transformer, pixart_transformer, sana_transformer, z_image_transformer
 
 
 def host(name: str, components: dict[str, Any], **call: Any) -> Host:
@@ -63,19 +61,7 @@ def _() -> Host:
 
 
 def pixart(name: str) -> Host:
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=8,
-        sample_size=SIZE,
-        patch_size=2,
-        caption_channels=WIDTH,
-        use_additional_conditions=False,
-    )
-    components = {"transformer": randomize(transformer), "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), "vae": vae()}
+    components = {"transformer": pixart_transformer(), "scheduler": ddim(), "vae": vae()}
     return host(name, components, height=16, width=16, use_resolution_binning=False, negative_prompt=None, **text(mask=True))
 
 
@@ -91,36 +77,12 @@ def _() -> Host:
 
 @family("SanaPipeline", "uc")
 def _() -> Host:
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=WIDTH,
-        sample_size=SIZE,
-    )
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
+    components = {"transformer": sana_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler()}
     return host("SanaPipeline", components, height=32, width=32, use_resolution_binning=False, negative_prompt=None, **text(mask=True))
 
 
 def flux(*, guidance_embeds: bool, **call: Any) -> Host:
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=6,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(2, 2, 4),
-    )
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
+    components = {"transformer": flux_transformer(guidance_embeds=guidance_embeds), "scheduler": FlowMatchEulerDiscreteScheduler()}
     return host("FluxPipeline", components, height=32, width=32, **text(pooled=6), **call)
 
 
@@ -159,7 +121,7 @@ def dit(**call: Any) -> Host:
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=SIZE, norm_num_groups=1
     )
-    components = {"transformer": randomize(transformer), "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), "vae": vae()}
+    components = {"transformer": randomize(transformer), "scheduler": ddim(), "vae": vae()}
     pipeline = quiet(diffusers.DiTPipeline(**components))
     arguments = {"num_inference_steps": STEPS, "output_type": "np", **call}
     return Host(pipeline, lambda: pipeline([1, 2], generator=generator(), **arguments)[0], denoisers=("transformer",))
@@ -213,20 +175,7 @@ def _() -> Host:
 
 
 def z_image(*lengths: int) -> Host:
-    transformer = diffusers.ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=4,
-        dim=16,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=1,
-        n_kv_heads=1,
-        cap_feat_dim=WIDTH,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
-    )
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae()}
+    components = {"transformer": z_image_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae()}
     prompts = [randn(length, WIDTH, seed=10 + place) for place, length in enumerate(lengths)]
     negatives = [randn(3, WIDTH, seed=2), randn(5, WIDTH, seed=3)]
     built = host("ZImagePipeline", components, height=32, width=32, prompt_embeds=prompts, negative_prompt_embeds=negatives)

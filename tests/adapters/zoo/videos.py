@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
-import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.adapters.zoo import images
 from tests.adapters.zoo.family import PROMPTS, Host, family, randomize
-from tests.adapters.zoo.transformers import LENGTH, WIDTH, host, text
+from tests.adapters.zoo.models import LENGTH, WIDTH, ddim, wan_transformer, wan_vae
+from tests.adapters.zoo.transformers import host, text
 
-
-def wan_transformer(seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=1,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=WIDTH,
-        freq_dim=8,
-        ffn_dim=8,
-        num_layers=1,
-        rope_max_seq_len=16,
-    )
-
-
-def wan_vae() -> torch.nn.Module:
-    return diffusers.AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
-    ).eval()
-
+if TYPE_CHECKING:
+    import torch
 
 VIDEO: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5}
 
 
 @family("WanPipeline", "c|u")
 def _() -> Host:
-    components = {"transformer": randomize(wan_transformer()), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": wan_vae()}
+    components = {"transformer": wan_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": wan_vae()}
     return host("WanPipeline", components, **VIDEO, **text())
 
 
 @family("WanPipeline, UniPC", "c|u")
 def _() -> Host:
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return host("WanPipeline", {"transformer": randomize(wan_transformer()), "scheduler": scheduler, "vae": wan_vae()}, **VIDEO, **text())
+    return host("WanPipeline", {"transformer": wan_transformer(), "scheduler": scheduler, "vae": wan_vae()}, **VIDEO, **text())
 
 
 @family("WanPipeline 2.2, two denoisers", "c|u")
 def _() -> Host:
-    second = randomize(wan_transformer())
-    with torch.no_grad():
-        for parameter in second.parameters():
-            parameter.mul_(1.1)
     components = {
-        "transformer": randomize(wan_transformer()),
-        "transformer_2": second,
+        "transformer": wan_transformer(),
+        "transformer_2": wan_transformer(times=1.1),
         "boundary_ratio": 0.8,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": wan_vae(),
@@ -143,7 +119,7 @@ def frames_unet(kind: str, **changes: Any) -> torch.nn.Module:
 
 @family("TextToVideoSDPipeline, frames in the batch", "uc")
 def _() -> Host:
-    components = {"vae": images.vae(), "text_encoder": None, "tokenizer": None, "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
+    components = {"vae": images.vae(), "text_encoder": None, "tokenizer": None, "scheduler": ddim()}
     components["unet"] = frames_unet("UNet3DConditionModel", attention_head_dim=4)
     built = images.host("TextToVideoSDPipeline", components=components, num_frames=3, height=16, width=16)
     built.samples = PROMPTS
@@ -169,7 +145,7 @@ def _() -> Host:
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
     )
-    components = {"transformer": randomize(transformer), "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1), "vae": images.vae()}
+    components = {"transformer": randomize(transformer), "scheduler": ddim(), "vae": images.vae()}
     return host("LattePipeline", components, height=16, width=16, video_length=2, negative_prompt=None, **text())
 
 
