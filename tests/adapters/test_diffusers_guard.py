@@ -66,8 +66,17 @@ def test_arithmetic_that_cannot_be_repaired_is_said():
         guarded("QwenImagePipeline, renormalized")
 
 
-def test_text_in_a_list():
-    guarded("ZImagePipeline, negated, a list of embeddings")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ZImagePipeline, negated, a list of embeddings",
+        "Krea2Pipeline, an axis of encoder layers",
+        "AllegroPipeline, an axis before the tokens",
+        "ShapEPipeline, pooled text, learned variance",
+    ],
+)
+def test_text_in_another_form(name):
+    guarded(name)
 
 
 def test_a_flagged_prompt_stops_the_pipeline():

@@ -23,7 +23,7 @@ NOISE = randn(9)
 C, U, P = randn(1) + randn(0), randn(2) * 0.3 + randn(0), randn(3) * 0.3 + randn(0)  # alike, as predictions are
 
 
-def decided(values, output, *, text=(1, 2), inputs=None, samples=None, whole=None, form="same", prior=PRIOR):
+def decided(values, output, *, text=(1, 2), inputs=None, samples=None, whole=None, form="same", prior=PRIOR, claims=()):
     predictions = [Prediction(value, NOISE, None, None, slice(0, B), None, lambda x: x) for value in values]
     hashes = {
         "text": text,
@@ -32,7 +32,7 @@ def decided(values, output, *, text=(1, 2), inputs=None, samples=None, whole=Non
         "whole_samples": whole or samples or (0,) * len(values),
     }
     rows = {name: torch.tensor(numbers)[:, None].expand(-1, B) for name, numbers in hashes.items()}
-    observation = observe(predictions, output, reader=Reader(B, form=form), modules=(0,) * len(values), **rows)
+    observation = observe(predictions, output, reader=Reader(B, form=form), modules=(0,) * len(values), claims=claims, **rows)
     return decide([observation.read()], prior=prior)
 
 
@@ -71,6 +71,17 @@ def test_projected_guidance_is_never_swapped(w, likeness, swapped):
     c, u = C + likeness * randn(0), U + likeness * randn(0)
     along = ((c - u) * c).sum((1, 2, 3), keepdim=True) / (c * c).sum((1, 2, 3), keepdim=True) * c
     output = c + (w - 1) * (c - u - 0.8 * along)
+    decision = decided([u, c] if swapped else [c, u], output, prior=(1, 0) if swapped else (0, 1))
+    assert (decision.cond, decision.uncond) == ((1, 0) if swapped else (0, 1))
+
+
+@given(w=st.floats(1.5, 20.0), likeness=st.floats(0.0, 1.0), seed=st.integers(0, 99), swapped=st.booleans())
+def test_guidance_projected_at_every_channel_is_never_swapped(w, likeness, seed, swapped):
+    """ACE-Step. The weights can have any sum, and the noisy sample explains nothing, whatever sign a fit with it would give them."""
+    c = randn(seed)
+    u = (1 - 0.5 * likeness) * c + likeness * randn(seed + 100)
+    along = ((c - u) * c).sum((2, 3), keepdim=True) / (c * c).sum((2, 3), keepdim=True) * c
+    output = c + (w - 1) * (c - u - along)
     decision = decided([u, c] if swapped else [c, u], output, prior=(1, 0) if swapped else (0, 1))
     assert (decision.cond, decision.uncond) == ((1, 0) if swapped else (0, 1))
 
@@ -132,6 +143,41 @@ def test_order_of_elements_lost(w, swapped):
     output = (U + w * (C - U)).flatten(1)[:, torch.randperm(144, generator=torch.Generator().manual_seed(0))]
     decision = decided([U, C] if swapped else [C, U], output, form="unknown", prior=None)
     assert (decision.cond, decision.uncond) == ((1, 0) if swapped else (0, 1))
+
+
+CONVERSIONS = {
+    "copied": lambda values: values.clone(),
+    "negated": lambda values: -values,
+    "clean sample": lambda values: NOISE - 0.7 * values,
+    "half precision": lambda values: values.bfloat16(),
+    "clean sample in half precision": lambda values: NOISE.bfloat16() - 0.7 * values.bfloat16(),
+}
+
+
+class TestWhatAGuiderWasGiven:
+    @pytest.mark.parametrize("conversion", CONVERSIONS)
+    @pytest.mark.parametrize("order", ["cup", "ucp", "pcu", "puc"])
+    def test_is_told_whatever_was_made_of_it(self, conversion, order):
+        """Against the arithmetic, which says the opposite: what a guider was given by name counts for more."""
+        values, change = {"c": C, "u": U, "p": P}, CONVERSIONS[conversion]
+        claims = [(change(C), change(U))]
+        decision = decided([values[name] for name in order], C + 3 * (U - C), text=(1, 2, 3), claims=claims, prior=None)
+        assert (order[decision.cond], order[decision.uncond], decision.roles) == ("c", "u", "matched")
+
+    def test_another_guider_is_no_matter(self):
+        """LTX 2 has one for the sound, whose tensors are made from none of these."""
+        claims = [(randn(70), randn(71)), (-C, -U)]
+        decision = decided([U, C], C + 3 * (U - C), claims=claims)
+        assert (decision.cond, decision.uncond, decision.roles) == (1, 0, "matched")
+
+    @pytest.mark.parametrize("claims", [[(randn(70), randn(71))], [(C, C)], [(C + U, U)]])
+    def test_what_is_not_clear_leaves_the_arithmetic(self, claims):
+        decision = decided([U, C], U + 5 * (C - U), claims=claims)
+        assert (decision.cond, decision.uncond, decision.roles) == (1, 0, "fitted")
+
+    def test_equal_predictions_are_not_told(self):
+        decision = decided([C, C.clone(), U], U + 5 * (C - U), text=(1, 1, 2), claims=[(C.clone(), U.clone())])
+        assert decision.roles == "fitted"
 
 
 class TestNothingIsGuessed:
