@@ -82,6 +82,12 @@ def test_given_thresholds_are_compared_too():
         ways([-1.0])
 
 
+def test_ways_can_be_chosen_by_their_names():
+    assert ways(None, [WAYS[2].name, WAYS[0].name]) == (WAYS[0], WAYS[2])
+    with pytest.raises(memhook.MemhookError, match=r"no way 'fpr 5%'; expected one of 'no filter'"):
+        ways(None, ["fpr 5%"])
+
+
 def test_a_noisy_way_judges_where_it_is_calibrated(model):
     timesteps = np.arange(1000)
     calibration = FilterCalibration.fit(timesteps, np.where(timesteps < 800, 100.0, timesteps / 100), bins=10)
@@ -167,7 +173,7 @@ def test_sizes_out_of_range(change, message):
 
 def test_a_whole_run_at_toy_sizes_and_nothing_of_it_twice(tmp_path, monkeypatch, capsys):
     chosen = (WAYS[0], Way("judged", fpr=0.5, noisy=True, remember=2), Way("random tokens", tokens=2))
-    monkeypatch.setattr(report, "ways", lambda taus: chosen)
+    monkeypatch.setattr(report, "ways", lambda taus, names: chosen)
     monkeypatch.setattr(signal, "_NOISES", 1)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench training: begin -->\n<!-- bench training: end -->\nafter\n")

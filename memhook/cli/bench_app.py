@@ -132,6 +132,7 @@ def bench_training(
     seeds: Annotated[int, typer.Option(help="Fine-tunes of each way, each with pairs of its own.")] = 3,
     planted: Annotated[int, typer.Option(help="New pairs that are shown again and again.")] = 6,
     tau: Annotated[list[float] | None, typer.Option(help="Also a filter with this number at every timestep; may be repeated.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Only the way of this name, as in the table; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Pairs of steps that are timed.")] = 10,
     page: Page = None,
 ) -> None:
@@ -139,4 +140,4 @@ def bench_training(
     from memhook.bench.training.recipe import Recipe
     from memhook.bench.training.report import run_training_bench
 
-    run_training_bench(work, Recipe(steps=steps, planted=planted), seeds=seeds, taus=tau, rounds=rounds, out=out, page=page)
+    run_training_bench(work, Recipe(steps=steps, planted=planted), seeds=seeds, taus=tau, rounds=rounds, out=out, page=page, names=way)

@@ -97,12 +97,16 @@ WAYS = (
 )
 
 
-def ways(taus: Sequence[float] | None) -> tuple[Way, ...]:
-    """The ways to compare; with ``taus`` given, also a filter with each of these numbers at every timestep."""
+def ways(taus: Sequence[float] | None, names: Sequence[str] | None = None) -> tuple[Way, ...]:
+    """The ways to compare: all, or those of these names; with ``taus`` given, also a filter with each of these numbers at every timestep."""
     bad = next((tau for tau in taus or () if not tau >= 0), None)
     if bad is not None:
         raise MemhookError(f"tau is {bad}; expected a magnitude of at least 0, such as 4. Correct --tau")
-    return (WAYS[0], *(Way(f"tau = {tau:g}", tau=tau) for tau in taus or ()), *WAYS[1:])
+    unknown = next((name for name in names or () if name not in {way.name for way in WAYS}), None)
+    if unknown is not None:
+        raise MemhookError(f"there is no way {unknown!r}; expected one of {', '.join(repr(way.name) for way in WAYS)}. Correct --way")
+    chosen = [way for way in WAYS if not names or way.name in names]
+    return (*chosen[:1], *(Way(f"tau = {tau:g}", tau=tau) for tau in taus or ()), *chosen[1:])
 
 
 @dataclass(frozen=True)

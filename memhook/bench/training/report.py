@@ -177,14 +177,22 @@ def _plot(path: Path, table: Sequence[Line]) -> None:
 
 
 def run_training_bench(
-    work: Path, recipe: Recipe, *, seeds: int, taus: Sequence[float] | None, rounds: int, out: Path | None, page: Path | None
+    work: Path,
+    recipe: Recipe,
+    *,
+    seeds: int,
+    taus: Sequence[float] | None,
+    rounds: int,
+    out: Path | None,
+    page: Path | None,
+    names: Sequence[str] | None = None,
 ) -> Results:  # fmt: skip
     """Run (or go on running), print the table, and write it where asked."""
     if seeds < 1 or rounds < 1:
         raise MemhookError(f"seeds is {seeds} and rounds is {rounds}; expected at least 1 each")
     if page is not None:
         read_page(page, "training")  # before the long run: a wrong file is told at once
-    compared = ways(taus)
+    compared = ways(taus, names)
     results = run_all(
         work, recipe, compared, seeds=seeds, rounds=rounds, track=lambda steps, doing: tracked(steps, total=len(steps), doing=doing)
     )  # fmt: skip
