@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from memhook.training import FilterCalibration
 
 
+_JUDGED = 4  # times as many steps where a few samples of each are judged: how many, is a matter of chance
+
+
 @dataclass(frozen=True)
 class Overhead:
     """Medians over pairs of runs, one right after the other; for ``judged``, whose steps differ, the ratio of the sums.
@@ -74,7 +77,8 @@ def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, ro
 
         return run
 
-    times: dict[str, list[float]] = {name: [] for name in ("plain", "whole", "half", "judged", "passes", "filtered", "forward", "extra")}
+    times: dict[str, list[float]] = {name: [] for name in ("plain", "whole", "half", "passes", "filtered", "forward", "extra")}
+    alike: dict[str, list[float]] = {"plain": [], "judged": []}
     with whole.block(), half.block(), judged.block():
         for number in range(-1, rounds):
             found = {
@@ -82,7 +86,6 @@ def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, ro
                 "whole": _seconds(lambda number=number: whole(2 * number + 2)),  # type: ignore[misc]
                 # two steps, of which one has the pass
                 "half": _seconds(lambda number=number: (half(2 * number + 2), half(2 * number + 3))) / 2,  # type: ignore[misc, func-returns-value]
-                "judged": _seconds(lambda number=number: judged(2 * number + 2)),  # type: ignore[misc]
                 "passes": _seconds(passes(plain)),
                 "filtered": _seconds(passes(whole)),
                 "forward": _seconds(forward(grad=True)),
@@ -91,6 +94,9 @@ def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, ro
             if number >= 0:  # the first round warms up
                 for name, seconds in found.items():
                     times[name].append(seconds)
+        for number in range(_JUDGED * rounds):
+            alike["plain"].append(_seconds(lambda number=number: plain(number)))  # type: ignore[misc]
+            alike["judged"].append(_seconds(lambda number=number: judged(number)))  # type: ignore[misc]
         share = _share(judged)
         peaks = [_peak_bytes(passes(steps)) for steps in (plain, whole, judged)]
 
@@ -100,7 +106,7 @@ def overhead(model: Model, recipe: Recipe, calibration: FilterCalibration, *, ro
     return Overhead(
         step=ratio("whole", "plain"),
         half=ratio("half", "plain"),
-        judged=float(np.sum(times["judged"]) / np.sum(times["plain"])),
+        judged=float(np.sum(alike["judged"]) / np.sum(alike["plain"])),
         judged_share=share,
         denoiser=ratio("filtered", "passes"),
         forward=ratio("extra", "forward"),

@@ -80,7 +80,9 @@ def run_all(work: Path, recipe: Recipe, ways: Sequence[Way], *, seeds: int, roun
             runs.append(Run(way, seed, replace(judgment, **list_figures(report, *data.shown())) if way.filters else judgment))
             if seed == 0:
                 dropped += [{"way": way.name, **row} for row in _first(report)]
-    cost = Overhead(**kept(["overhead", rounds, torch.get_num_threads()], lambda: asdict(overhead(model, recipe, calibration, rounds=rounds))))
+    cost = Overhead(
+        **kept(["overhead of steps", rounds, torch.get_num_threads()], lambda: asdict(overhead(model, recipe, calibration, rounds=rounds)))
+    )
     known = Signal(**kept(["signal"], lambda: asdict(signal(model, recipe, calibration))))
     return Results(recipe, start, runs, cost, known, dropped)
 
