@@ -22,6 +22,7 @@ from memhook_diffusers.claims import claimed_pair
 from memhook_diffusers.fit import Fit, fit_weights
 
 _CLEAR_FIT = 0.99  # share of the model output that is explained
+_DECLARE = "Watch the denoiser itself with memhook.ModuleAdapter, and declare its layout"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Decision:
         roles: How it is known.
         scale: ``(b,)`` guidance scale in the convention ``u + w (c - u)``, where known.
         reason: Why there is no pair.
+        remedy: What to do then; empty for what makes the pipeline guide at all.
         quality: How much of the model output the pair's reading explains.
         final: Whether later evaluations cannot tell more.
     """
@@ -45,6 +47,7 @@ class Decision:
     roles: Roles = "assumed"
     scale: np.ndarray | None = None
     reason: str | None = None
+    remedy: str = ""
     quality: float = 0.0
     final: bool = True
 
@@ -90,7 +93,8 @@ def _decide(observed: Observed, prior: tuple[int, int] | None, reading: int) -> 
             return Decision(reading, cond, uncond, "fitted", _scale(observed, fit, cond), quality=fit.quality)
     if count == 2 and prior is not None:
         return Decision(reading, *prior, final=False)
-    return Decision(reading, reason=f"made {count} predictions, and how it combined them does not show which is the conditional one", final=False)
+    reason = f"made {count} predictions, and how it combined them does not show which is the conditional one"
+    return Decision(reading, reason=reason, remedy=_DECLARE, final=False)
 
 
 def _without_pair(observed: Observed, fit: Fit | None, prior: tuple[int, int] | None, reading: int) -> Decision:
@@ -137,7 +141,7 @@ def _among_several(observed: Observed, fit: Fit | None, pairs: list[tuple[int, i
             uncond = members[int(np.flatnonzero(negative)[0])]
             return Decision(reading, largest.pop(), uncond, "fitted", quality=fit.quality)
     reason = f"made {observed.predictions} predictions with different conditioning, and how it combined them does not show which two are the pair"
-    return Decision(reading, reason=reason, final=False)
+    return Decision(reading, reason=reason, remedy=_DECLARE, final=False)
 
 
 def _classes(observed: Observed) -> list[list[int]]:

@@ -225,7 +225,7 @@ def _settling(
         numbers[decision.reading].fill(row, decision)
         if decision.cond is None:
             row.samples = samples
-            missing(f"{f'{name} {decision.reason}' if decision.reason else reason}. {remedy}")
+            missing(f"{f'{name} {decision.reason}' if decision.reason else reason}. {decision.remedy or remedy}")
         return decision.final
 
     return settle

@@ -203,6 +203,7 @@ class TestNothingIsGuessed:
         decision = decided([U, C, P], randn(77), text=(2, 1, 3), prior=None)
         assert decision.cond is None
         assert "does not show" in decision.reason
+        assert "ModuleAdapter" in decision.remedy  # a larger guidance scale would not help
 
     def test_same_conditioning_is_missing(self):
         decision = decided([C, P], C + 3 * (C - P), text=(1, 1))
