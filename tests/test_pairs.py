@@ -27,7 +27,11 @@ def test_output(output):
     assert read_output(output) is X
 
 
-@pytest.mark.parametrize("output", [None, "text", (), (None, X), {"other": X}, Output(sample="none"), 1.0], ids=repr)
+@pytest.mark.parametrize(
+    "output",
+    [None, "text", (), (None, X), {"other": X}, Output(sample="none"), 1.0],
+    ids=["nothing", "text", "empty tuple", "tuple without", "dict without", "object without", "number"],
+)
 def test_output_without_a_prediction(output):
     with pytest.raises(GuidanceLayoutError, match=f"returned a {type(output).__name__}; expected a tensor"):
         read_output(output)
