@@ -74,7 +74,7 @@ def test_calibrates_and_then_detects_with_the_file(tmp_path):
     assert "smallest p-value is 0.077; 99 are needed" in made.output
     result = run("detect", "--prompt", "a pig on green wall art", "--calibration", str(file), "--fpr", "0.1")
     assert result.exit_code == 0
-    assert "calibrated on 12 clean prompts" in result.output
+    assert "calibrated on 12 clean prompts" in " ".join(result.output.split())  # wherever the line ends
 
 
 def test_without_a_calibration_says_that_there_is_no_p_value():
