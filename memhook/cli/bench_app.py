@@ -51,7 +51,7 @@ def bench_capture(
     device: Device = "cpu",
     page: Page = None,
 ) -> None:
-    """What watching costs in time, bytes kept and waits, beside the naive way (ten minutes and more on 2 cores; less with --no-large)."""
+    """What watching costs in time, bytes kept and waits, beside the naive way (about 4 minutes on 2 cores)."""
     from memhook.cli.bench import run_capture_bench
 
     run_capture_bench(rounds=rounds, images=images, steps=steps, large=large, device=device, page=page)
