@@ -66,7 +66,7 @@ class Run:
         self._recorder = PairRecorder()
         self._conditioning = Conditioning()
         self._calls: deque[Call] = deque(maxlen=2 * MOST)
-        self._named: list[dict[str, Any]] = []  # what guiders were given, by name (LTX 2 has one more for sound)
+        self._named: deque[dict[str, Any]] = deque(maxlen=MOST)  # what guiders were given, by name (LTX 2 has one more for sound)
         self._layouts: dict[Any, Layout] = {}
         self._recorded = False
         self._unread: tuple[int, ...] | None = None  # what a scheduler was given that no output has the form of
@@ -92,9 +92,9 @@ class Run:
         model_output = arguments.get("model_output")
         if not self._watcher.listening or not self._calls or not isinstance(model_output, Tensor) or model_output.ndim < 2:
             return None
-        calls, named = _of_this_run(self._calls, scheduler), self._named
+        calls, named = _of_this_run(self._calls, scheduler), list(self._named)
         self._calls.clear()
-        self._named = []
+        self._named.clear()
         target = without_variance(model_output, arguments.get("sample")).detach()
         ways = readings_of(calls, tuple(target.shape))
         if not ways:

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import threading
+import types
 import weakref
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memhook
+from memhook_diffusers.run import Run
 from memhook_diffusers.taps import listen_to
+from memhook_diffusers.ways import MOST
 from tests.adapters.zoo import FAMILIES, images
 from tests.adapters.zoo.family import STEPS, generator
 
@@ -203,6 +206,19 @@ def test_two_threads_see_their_own_runs(host):
     for scale, trace in found.items():
         assert trace.magnitudes.shape == (STEPS, 2)
         np.testing.assert_allclose(trace.guidance_scale, scale, rtol=1e-3)
+
+
+def test_guiders_without_calls_that_are_seen_are_not_collected():
+    """A guider's predictions are let go, also where no step ever asks for them."""
+    watcher = types.SimpleNamespace(listening=True)
+    run = Run(watcher, name="P", denoisers=[], schedulers=[], why_missing=lambda _: "", remedy="")
+    given = []
+    for _ in range(50):
+        prediction = torch.ones(1)
+        given.append(weakref.ref(prediction))
+        run.on_guider(None, {"pred_cond": prediction})
+    del prediction
+    assert sum(reference() is not None for reference in given) <= MOST
 
 
 def test_denoiser_without_steps_says_so(host):
