@@ -37,10 +37,10 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, object]], *, line_end: str = "\r\n") -> str:
     """Rows as CSV under all of their names, in the order in which these appear; a row that lacks one has nothing there."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
+    writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator=line_end)
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +17,7 @@ from memhook.bench.written import Shown, read_page, write_page
 from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
-from memhook.files import replace_file, write_text
+from memhook.files import csv_text, replace_file, write_text
 
 if TYPE_CHECKING:
     from memhook.bench.training.signal import Signal
@@ -61,7 +59,7 @@ def _line(name: str, group: Sequence[Judgment], plain: Sequence[float]) -> Line:
         values = [getattr(judgment, field.name) for judgment in group]
         known = not any(value is None for value in values)
         mean[field.name] = float(np.mean(values)) if known else None
-        deviation[field.name] = (float(np.std(values, ddof=1)) if len(values) > 1 else 0.0) if known else None
+        deviation[field.name] = _spread(values) if known else None
     less = tuple(without - judgment.similarity for without, judgment in zip(plain, group, strict=bool(plain)))
     return Line(name, len(group), mean, deviation, less)
 
@@ -145,13 +143,7 @@ def _columns(key: str, line: Line) -> dict[str, float | None]:
 
 
 def _csv(rows: Sequence[Mapping[str, object]]) -> str:
-    if not rows:
-        return ""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_text(rows, line_end="\n") if rows else ""
 
 
 def _plot(path: Path, table: Sequence[Line]) -> None:
