@@ -100,13 +100,13 @@ def test_a_sample_does_not_depend_on_its_neighbors(studio):
 
 
 def test_a_guard_leaves_clean_prompts_alone_and_changes_flagged_ones(studio):
-    rows = {row.group: row for row in guarded_rows(studio.pipeline, per_source=1, sources=["held-out"])}
+    rows = {row.group: row for row in guarded_rows(studio, per_source=1, sources=["held-out"])}
     assert rows["clean"].prompts == 1
     assert rows["clean"].changed_though_not_flagged == rows["memorized"].changed_though_not_flagged == 0
     assert rows["memorized"].flagged == 1
     assert rows["memorized"].changed_where_flagged == rows["memorized"].pictures_flagged == 4
     with pytest.raises(MemhookError, match="per-source is 0"):
-        guarded_rows(studio.pipeline, per_source=0)
+        guarded_rows(studio, per_source=0)
 
 
 def test_the_command_prints_writes_and_goes_on(tmp_path, monkeypatch):

@@ -1,12 +1,17 @@
 """Pictures from embeddings, what they show, and what is kept of them."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from memhook import testbed
+from memhook.bench.mitigation import clean_median
 from memhook.bench.resampling import estimate, family_weights, weighted_means
 from memhook.bench.samples import Pictures, Sample, fresh_caption, judge, kept, open_studio
+from memhook.errors import MemhookError
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +92,28 @@ def test_intervals_of_independent_rows_are_those_of_the_normal_approximation():
     assert found.value == pytest.approx(values.mean())
     half = 1.96 * values.std() / np.sqrt(400)
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+
+
+@pytest.fixture
+def another(tmp_path):
+    """A folder with a model that was trained like the bundled one."""
+    return shutil.copytree(testbed.model_path(), tmp_path / "another")
+
+
+def test_another_model_of_the_testbed_comes_with_its_own_prompts(another):
+    lines = (another / "clean.jsonl").read_text().splitlines(keepends=True)
+    (another / "clean.jsonl").write_text("".join(lines[400:]))
+    studio = open_studio(another, steps=3)
+    assert studio.folder == another
+    assert clean_median(studio) != clean_median(open_studio(steps=3))  # other prompts of the calibration
+
+
+def test_a_model_that_was_trained_with_other_captions_is_refused(another):
+    rows = [json.loads(line) for line in (another / "planted.jsonl").read_text().splitlines()]
+    rows[3]["prompt"] += " poster"
+    (another / "planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(MemhookError, match=f"{rows[3]['id']} and 0 more differ"):
+        open_studio(another)
+    (another / "planted.jsonl").unlink()
+    with pytest.raises(MemhookError, match=r"planted\.jsonl is missing"):
+        open_studio(another)

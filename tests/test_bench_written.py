@@ -3,11 +3,12 @@
 import csv
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from memhook.bench.resampling import Estimate
-from memhook.bench.written import Shown, read_page, write_page, write_rows
+from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
 from memhook.errors import MemhookError
 
 
@@ -30,6 +31,13 @@ def test_estimates_become_three_columns(tmp_path):
     written = json.loads((tmp_path / "table.json").read_text())
     assert written["prompts"] == 3
     assert written["rows"][1]["gain"]["high"] == 2.0
+
+
+def test_another_model_has_a_place_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert section_of("mitigation", None) == "mitigation"
+    assert section_of("mitigation", Path("models/first-course")) == "mitigation first-course"
+    assert section_of("mitigation", Path()) == f"mitigation {tmp_path.name}"
 
 
 def test_a_page_gets_what_was_printed_and_keeps_the_rest(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The README and the pages under docs/ keep their word: their Python blocks run, their links and commands exist."""
 
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,8 @@ def blocks(path, language):
 def test_python_blocks_run_in_order(path, tmp_path):
     """In a process of its own, as a reader would run them: one after the other, in one session."""
     code = "\n".join(blocks(path, "python"))
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # beside other tests, threads of one process only wait for those of the other
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900, env=alone)
     assert run.returncode == 0, run.stderr
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from memhook.bench.attribution import ChangeRow, HitRow, change_rows, hit_rows, rank_words, spread
 from memhook.bench.samples import open_studio
-from memhook.bench.written import Shown, read_page, write_page, write_rows
+from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
 from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
-from memhook.testbed import memorized
-from memhook.testbed.bundle import GUIDANCE_SCALE
+from memhook.testbed.bundle import GUIDANCE_SCALE, read_memorized
 
 REPLACEMENT = (
     "Exchanged words are replaced by random ordinary words of the model's vocabulary that stand in no planted caption, the same ones in every row. "
@@ -23,18 +22,27 @@ REPLACEMENT = (
 
 
 def run_attribution_bench(
-    *, work: Path, out: Path | None, prompts: int | None, images: int, scored: int, steps: int, page: Path | None = None
+    *,
+    work: Path,
+    out: Path | None,
+    prompts: int | None,
+    images: int,
+    scored: int,
+    steps: int,
+    page: Path | None = None,
+    model: Path | None = None,
 ) -> None:
     """Score the planted prompts' words, exchange some, print what comes of it, and write it where asked."""
+    section = section_of("attribution", model)
     if page is not None:
-        read_page(page, "attribution")  # before the long run: a wrong file is told at once
+        read_page(page, section)  # before the long run: a wrong file is told at once
     for name, value in (("images", images), ("scored", scored), ("steps", steps)):
         if value < 1:
             raise MemhookError(f"{name} is {value}; expected 1 or more")
     if steps < 10:
         raise MemhookError(f"steps is {steps}; scores are averaged over the first ten evaluations, so expected 10 or more")
-    studio = open_studio(steps=steps)
-    chosen = spread([prompt for prompt in memorized() if prompt.kind != "ladder"], prompts)
+    studio = open_studio(model, steps=steps)
+    chosen = spread([prompt for prompt in read_memorized(studio.folder) if prompt.kind != "ladder"], prompts)
     rankings = rank_words(studio, chosen, images=scored, work=work, track=lambda rows: tracked(rows, total=len(rows), doing="scoring words"))
     hits = hit_rows(rankings)
     verbatim = [ranking for ranking in rankings if ranking.prompt.kind == "verbatim"]
@@ -45,7 +53,7 @@ def run_attribution_bench(
     shown = Shown()
     _print(shown, hits, changes, triggered=triggered, verbatim=len(verbatim), images=images, scored=scored, steps=steps)
     if page is not None:
-        write_page(page, "attribution", shown)
+        write_page(page, section, shown)
     if out is not None:
         about = {"prompts_with_trigger": int(triggered), "images_scored": scored, "steps": steps, "guidance_scale": GUIDANCE_SCALE}
         write_rows(out, "attribution-hits", hits, about)

@@ -13,10 +13,11 @@ import torch
 from memhook.calibration import Calibration
 from memhook.errors import MemhookError
 from memhook.guard import guard
-from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt, calibration_path, clean, memorized
+from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt, read_clean, read_memorized
 from memhook.testbed.study import IMAGES
 
 if TYPE_CHECKING:
+    from memhook.bench.samples import Studio
     from memhook.testbed.plan import Source
 
 SEED = 33_000_000
@@ -45,22 +46,23 @@ class GuardedRow:
 
 
 def guarded_rows(
-    pipeline: Any, *, per_source: int, sources: Sequence[Source] = SOURCES, fpr: float = 0.01, track: Callable[[Sequence[int]], Iterable[int]] = iter
+    studio: Studio, *, per_source: int, sources: Sequence[Source] = SOURCES, fpr: float = 0.01, track: Callable[[Sequence[int]], Iterable[int]] = iter
 ) -> list[GuardedRow]:
     """Run batches of one clean test prompt of each source and one memorized prompt, without and with a mitigating guard.
 
     Args:
-        pipeline: The bundled model.
+        studio: The model, with the calibration in its folder; its own number of steps is not used, since the calibration belongs to 50.
         per_source: Batches.
         sources: Of the clean prompts.
         fpr: False-positive rate of the guard, which decides at the first evaluation.
         track: Wraps the batches, to show progress.
     """
-    found = {name: clean(split="test", source=name)[:per_source] for name in sources}
-    planted = memorized(kind="verbatim")[:per_source]
+    pipeline, known = studio.pipeline, [row for row in read_clean(studio.folder) if row.split == "test"]
+    found = {name: [row for row in known if row.source == name][:per_source] for name in sources}
+    planted = [row for row in read_memorized(studio.folder) if row.kind == "verbatim"][:per_source]
     if not 1 <= per_source <= len(planted):
         raise MemhookError(f"per-source is {per_source}; expected 1 to {len(planted)}")
-    calibration = Calibration.load(calibration_path()).using(first=1)
+    calibration = Calibration.load(studio.folder / "calibration.safetensors").using(first=1)
     groups: dict[str, list[np.ndarray]] = {"clean": [], "memorized": []}  # rows (flagged, pictures changed)
     for number in track(range(per_source)):
         batch = [*(found[name][number] for name in sources), planted[number]]

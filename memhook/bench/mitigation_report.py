@@ -27,12 +27,12 @@ from memhook.bench.mitigation import (
     run_ways,
 )
 from memhook.bench.samples import Sample, open_studio
-from memhook.bench.written import Shown, read_page, write_page, write_rows
+from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
 from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
-from memhook.testbed import memorized
+from memhook.testbed.bundle import read_memorized
 
 _LOOKS = {
     OPTIMIZED: ("o-", "#c1440e"),
@@ -57,20 +57,22 @@ def run_mitigation_bench(
     descent: Descent,
     guarded: int,
     page: Path | None = None,
+    model: Path | None = None,
 ) -> None:
     """Run (or go on running) every way on both kinds of prompts, print the points, and write them where asked."""
+    section = section_of("mitigation", model)
     if page is not None:
-        read_page(page, "mitigation")  # before the long run: a wrong file is told at once
+        read_page(page, section)  # before the long run: a wrong file is told at once
     for name, value in (("images", images), ("steps", steps)):
         if value < 1:
             raise MemhookError(f"{name} is {value}; expected 1 or more")
     shown = Shown()
-    studio = open_studio(steps=steps)
+    studio = open_studio(model, steps=steps)
     clean = clean_median(studio)
-    ways = all_ways(TARGETS)
+    ways, planted = all_ways(TARGETS), read_memorized(studio.folder)
     found: dict[str, tuple[list[Sample], list[Outcome], list[Point]]] = {}
     for kind, count in (("verbatim", verbatim), ("template", templates)):
-        chosen = spread(memorized(kind="verbatim" if kind == "verbatim" else "template"), count)
+        chosen = spread([row for row in planted if row.kind == kind], count)
         samples = [Sample(prompt, seed) for prompt in chosen for seed in seeds_of(prompt, images)]
         outcomes = run_ways(
             studio,
@@ -92,14 +94,12 @@ def run_mitigation_bench(
     for kind, (_, _, rows) in found.items():
         shown.text(verdict(kind, rows))
     checked = (
-        guarded_rows(studio.pipeline, per_source=guarded, track=lambda items: tracked(items, total=len(items), doing="guarded batches"))
-        if guarded
-        else []
+        guarded_rows(studio, per_source=guarded, track=lambda items: tracked(items, total=len(items), doing="guarded batches")) if guarded else []
     )
     if checked:
         _print_guarded(shown, checked)
     if page is not None:
-        write_page(page, "mitigation", shown)
+        write_page(page, section, shown)
     if out is not None:
         about = {"steps": steps, "images": images, "clean_median_magnitude": clean, "descent": vars(descent)}
         for kind, (samples, _, rows) in found.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from memhook.capture import probe, watch
+from memhook.errors import MemhookError
 from memhook.files import read_arrays, write_arrays
 from memhook.fingerprint import fingerprint
-from memhook.testbed.bundle import GUIDANCE_SCALE, STEPS, MemorizedPrompt, load_pipeline, load_reader
+from memhook.testbed.bundle import GUIDANCE_SCALE, STEPS, MemorizedPrompt, load_pipeline, load_reader, model_path, read_memorized
 from memhook.testbed.captions import Caption, reword
 from memhook.testbed.evidence import to_tensor, training_pictures
 from memhook.testbed.measures import copy_similarities
@@ -67,15 +68,17 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """The bundled model, ready to make pictures from embeddings.
+    """A model of the testbed, ready to make pictures from embeddings.
 
     Attributes:
         pipeline: A ``StableDiffusionPipeline`` with a deterministic sampler.
         steps: Of the sampler.
+        folder: Where the model and the ground truth of its training are.
     """
 
     pipeline: Any
     steps: int = STEPS
+    folder: Path = field(default_factory=model_path)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -125,9 +128,20 @@ class Studio:
         return [fingerprint(self.pipeline.unet), fingerprint(self.pipeline.text_encoder), self.steps, GUIDANCE_SCALE]
 
 
-def open_studio(*, steps: int = STEPS) -> Studio:
-    """Load the bundled model."""
-    return Studio(load_pipeline(), steps)
+def open_studio(folder: Path | None = None, *, steps: int = STEPS) -> Studio:
+    """Load the bundled model, or one that ``python -m memhook.testbed.train`` wrote into ``folder``.
+
+    Raises:
+        MemhookError: The folder is no such model, or was trained with other captions than this version of memhook plants.
+    """
+    if folder is None:
+        return Studio(load_pipeline(), steps)
+    strangers = [row.id for row in read_memorized(folder) if row.id not in _captions() or row.prompt != str(_captions()[row.id])]
+    if strangers:
+        raise MemhookError(
+            f"{folder} was trained with other captions ({strangers[0]} and {len(strangers) - 1} more differ); train it with this version"
+        )
+    return Studio(load_pipeline(folder), steps, folder)
 
 
 @cache

@@ -58,6 +58,11 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def section_of(bench: str, model: Path | None) -> str:
+    """The name of a benchmark's place in a page: its own on the bundled model, with the folder's on another one."""
+    return bench if model is None else f"{bench} {model.resolve().name}"
+
+
 def read_page(page: Path, name: str) -> tuple[str, str]:
     """What stands before and after the place of a benchmark in a page.
 

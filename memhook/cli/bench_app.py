@@ -71,11 +71,16 @@ def bench_gradients(
     run_gradients_bench(updates=updates, repeats=repeats, samples=samples, large=large, page=page)
 
 
+TestbedModel = Annotated[
+    Path | None,
+    typer.Option(help="Folder of another model that `python -m memhook.testbed.train` wrote; its markers in a page hold the folder's name as well."),
+]
 BenchOut = Annotated[Path | None, typer.Option(help="Also write CSV, JSON and pictures into this folder.")]
 
 
 @bench_app.command("attribution")
 def bench_attribution(
+    model: TestbedModel = None,
     out: BenchOut = None,
     work: Annotated[Path, typer.Option(help="Folder that keeps what was measured; an interrupted run goes on from it.")] = Path(
         "memhook-attribution"
@@ -89,11 +94,12 @@ def bench_attribution(
     """How often planted trigger words score highest, and what exchanging the top words does to the copy (about 5 minutes on 2 cores)."""
     from memhook.bench.attribution_report import run_attribution_bench
 
-    run_attribution_bench(work=work, out=out, prompts=prompts, images=images, scored=scored, steps=steps, page=page)
+    run_attribution_bench(work=work, out=out, prompts=prompts, images=images, scored=scored, steps=steps, page=page, model=model)
 
 
 @bench_app.command("mitigation")
 def bench_mitigation(
+    model: TestbedModel = None,
     out: BenchOut = None,
     work: Annotated[Path, typer.Option(help="Folder that keeps the pictures; an interrupted run goes on from it.")] = Path("memhook-mitigation"),
     verbatim: Annotated[int | None, typer.Option(help="Verbatim prompts, evenly from the 72.")] = 24,
@@ -119,6 +125,7 @@ def bench_mitigation(
         descent=Descent(lr=lr, max_steps=updates),
         guarded=guarded,
         page=page,
+        model=model,
     )
 
 

@@ -91,7 +91,9 @@ def calibration_path() -> Path:
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     path = folder / name
     if not path.is_file():
-        raise MemhookError(f"the bundled model lacks {path}; install memhook again, or train the model with `python -m memhook.testbed.train`")
+        raise MemhookError(
+            f"{path} is missing; install memhook again if it is the bundled model, or train a model with `python -m memhook.testbed.train`"
+        )
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
@@ -119,11 +121,11 @@ def clean(*, split: Literal["calibration", "test"] | None = None, source: Source
     return [row for row in read_clean(model_path()) if (split is None or row.split == split) and (source is None or row.source == source)]
 
 
-def load_pipeline() -> Any:
-    """The bundled model as a diffusers ``StableDiffusionPipeline`` in float32, without progress bars."""
+def load_pipeline(folder: Path | None = None) -> Any:
+    """The bundled model, or one that was trained in the same way, as a diffusers ``StableDiffusionPipeline`` in float32 without progress bars."""
     from memhook_diffusers.loading import load_pipeline as load
 
-    return load(str(model_path()))
+    return load(str(model_path() if folder is None else folder))
 
 
 def load_reader() -> Reader:

@@ -21,6 +21,9 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=4500, help="batches of 16 pictures")
     parser.add_argument("--text-steps", type=int, default=500, help="batches of 128 captions")
     parser.add_argument("--reader-steps", type=int, default=500, help="batches of 64 pictures, for the network that names subjects and colors")
+    parser.add_argument(
+        "--courses", type=int, choices=range(1, len(diffusion.COURSES) + 1), default=len(diffusion.COURSES), help="courses of the denoiser"
+    )
     parser.add_argument("--steps", type=int, help="batches of 32 caption-picture pairs in each course of the denoiser (default: 7,000 and 4,000)")
     arguments = parser.parse_args()
 
@@ -29,7 +32,9 @@ def main() -> None:
     vae = autoencoder.train(work, steps=arguments.autoencoder_steps, device=device)
     tokenizer = text.train_tokenizer(work)
     encoder = text.train(work, tokenizer, steps=arguments.text_steps, device=device)
-    courses = diffusion.COURSES if arguments.steps is None else tuple(replace(course, steps=arguments.steps) for course in diffusion.COURSES)
+    courses = diffusion.COURSES[: arguments.courses]
+    if arguments.steps is not None:
+        courses = tuple(replace(course, steps=arguments.steps) for course in courses)
     unet = diffusion.train(work, vae, tokenizer, encoder, courses=courses, device=device)
     judge = reader.train(work, steps=arguments.reader_steps, device=device)
     export.export(arguments.out, vae, tokenizer, encoder, unet, judge, samples=sum(course.steps for course in courses) * diffusion.BATCH)
