@@ -33,6 +33,7 @@ from memhook.stopping import StopRule, stop_rule
 from memhook.tokens import Tokens, prompt_tokens
 from memhook.trace import Trace
 from memhook.training import keep_mask, masked_mean, training_filter
+from memhook.whitening import CleanSpectrum
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CalibrationMismatchError",
+    "CleanSpectrum",
     "Detection",
     "Evaluation",
     "Guard",

@@ -129,6 +129,19 @@ def bench_mitigation(
     )
 
 
+@bench_app.command("whitening")
+def bench_whitening(
+    model: TestbedModel = None,
+    out: BenchOut = None,
+    per_source: Annotated[int, typer.Option(help="Clean test prompts of each of the bundled model's four sources.")] = 100,
+    page: Page = None,
+) -> None:
+    """Detection at the first evaluation, with the magnitude and with the whitened one (about 2 minutes on 2 cores)."""
+    from memhook.bench.whitening import run_whitening_bench
+
+    run_whitening_bench(per_source=per_source, out=out, page=page, model=model)
+
+
 @bench_app.command("training")
 def bench_training(
     out: Annotated[Path | None, typer.Option(help="Also write training.csv, .json, .svg and training-dropped.csv into this folder.")] = None,
