@@ -54,7 +54,7 @@ def test_diffusers_loads_it_as_an_ordinary_pipeline():
 
 
 def test_a_missing_part_says_what_to_do(tmp_path):
-    with pytest.raises(memhook.MemhookError, match=r"clean\.jsonl; install memhook again"):
+    with pytest.raises(memhook.MemhookError, match=r"clean\.jsonl is missing; install memhook again"):
         read_clean(tmp_path)
 
 
