@@ -75,19 +75,23 @@ class CleanSpectrum:
         """
         total, samples, first = None, 0, None
         for evaluation in evaluations:
-            power = _transform(_difference(evaluation)).abs().square().cpu()
+            # Also where hosts run under inference_mode, whose tensors autograd refuses; and without a graph where they do not.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                power = _transform(_difference(evaluation)).abs().square().cpu().sum(0, dtype=torch.float64)  # (c, ..., h, w)
             if not bool(torch.isfinite(power).all()):
                 raise CalibrationError("a prediction was NaN or infinite; leave this prompt out, or run the model in a wider dtype")
-            about = (tuple(power.shape[1:]), evaluation.space, _timestep(evaluation))
+            about = (tuple(power.shape), evaluation.space, _timestep(evaluation))
             first = about if first is None else first
             if about != first:
                 raise CalibrationError(f"one evaluation has {_said(*about)}, the first one {_said(*first)}; fit each timestep and size by itself")
-            added = power.double().sum(0)
-            total = added if total is None else total + added
-            samples += len(power)
+            with torch.inference_mode(mode=False):
+                total = power if total is None else total + power
+            samples += len(evaluation.pred_cond)
         if total is None or first is None:
             raise CalibrationError("there are no evaluations to fit; expected those of some dozen clean prompts")
-        return CleanSpectrum((total / samples).float(), samples, first[1], first[2], shrinkage)
+        with torch.inference_mode(mode=False):
+            mean = (total / samples).float()
+        return CleanSpectrum(mean, samples, first[1], first[2], shrinkage)
 
     def magnitude(self, evaluation: Evaluation) -> Tensor:
         """``(b,)`` float32: the root mean square over channels and frequencies, in units of what clean prompts have there.

@@ -159,3 +159,12 @@ def test_what_does_not_fit_is_refused(first):
         CleanSpectrum.fit([Evaluation(torch.ones(2, 4, 8, 8), torch.ones(2, 4, 8, 8))])
     with pytest.raises(CalibrationError, match="shrinkage"):
         CleanSpectrum.fit([smooth(2, 0)], shrinkage=0.0)
+
+
+def test_a_spectrum_that_was_fitted_under_inference_mode_can_be_differentiated(first):
+    with torch.inference_mode():
+        predicted = Evaluation(first.pred_cond.clone(), first.pred_uncond.clone(), timestep=first.timestep)
+        spectrum = CleanSpectrum.fit([predicted, predicted])
+        found = memhook.optimize_embedding(spectrum.objective(first), first.embedding, target=0.0, max_steps=2)
+    assert (found.after < found.before).all()
+    assert not CleanSpectrum.fit([replace(first, pred_cond=first.pred_cond.clone().requires_grad_())]).power.requires_grad
