@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memhook.calibration_files import read_calibration_file
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.setting import brief, check_setting, differences, first_part, run_setting
 from memhook.trace import Trace, per_prompt, prompt_mean
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _FORMAT = "memhook-calibration-1"
-_LARGEST_FILE = 256 * 2**20  # bytes; ten million prompts at one evaluation are 40 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,26 +181,14 @@ class Calibration:
         Raises:
             CalibrationError: The file is missing, damaged, or not a calibration.
         """
-        from safetensors import safe_open
-
-        source = Path(path)
-        if not source.is_file():
-            raise CalibrationError(f"there is no calibration file {source}; make one with `memhook calibrate` or Calibration.save")
-        size = source.stat().st_size
-        if size > _LARGEST_FILE:
-            raise CalibrationError(f"{source} has {size:,} bytes; a calibration has at most {_LARGEST_FILE:,}")
-        try:
-            with safe_open(source, framework="numpy") as file:
-                about = json.loads((file.metadata() or {}).get("memhook", "null"))
-                magnitudes = file.get_tensor("magnitudes") if isinstance(about, dict) and about.get("format") == _FORMAT else None
-        except Exception as error:  # an untrusted file: whatever its readers raise, it cannot be read
-            raise CalibrationError(f"{source} cannot be read as a calibration: {type(error).__name__}: {error}") from error
-        if magnitudes is None:
-            raise CalibrationError(f"{source} is a safetensors file, but not a calibration of the format {_FORMAT}")
+        about, arrays = read_calibration_file(
+            path, form=_FORMAT, names=("magnitudes",), noun="calibration", made_with="`memhook calibrate` or Calibration.save"
+        )
+        magnitudes = arrays["magnitudes"]
         first, setting = about.get("first"), about.get("setting")
         if magnitudes.dtype != np.float32 or not isinstance(setting, dict) or not (first is None or type(first) is int):
             raise CalibrationError(
-                f"{source} is damaged: its magnitudes are {magnitudes.dtype}, its setting is {brief(setting)} and first is {brief(first)}"
+                f"{path} is damaged: its magnitudes are {magnitudes.dtype}, its setting is {brief(setting)} and first is {brief(first)}"
             )
         check_setting(setting)
         return Calibration(magnitudes, first, setting)

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.calibration_files import read_calibration_file
 from memhook.errors import CalibrationError, CalibrationMismatchError, MemhookError, NoGuidanceError, ReplayError
 from memhook.files import replace_file
 from memhook.prediction import SPACES, Evaluation, Space
@@ -29,7 +31,7 @@ class CleanSpectrum:
 
     A caption without a memory says roughly what is where: its difference is smooth and differs from zero in a few colors. A memorized
     one says it sharply. `magnitude` divides each frequency by what clean prompts have there, so that the sharp part counts, which the
-    plain norm drowns in the smooth one. Not in the paper; measured on the bundled model only (docs/benchmarks.md).
+    plain norm drowns in the smooth one. Not in the paper; measured on two small models only (docs/benchmarks.md).
 
     Attributes:
         power: ``(c, h, w)`` float32 (for video ``(c, f, h, w)``): mean squared amplitude of the orthonormal Fourier transform over space.
@@ -148,24 +150,16 @@ class CleanSpectrum:
         Raises:
             CalibrationError: The file is missing, damaged, or not a spectrum.
         """
-        from safetensors import safe_open
-
-        source = Path(path)
-        if not source.is_file():
-            raise CalibrationError(f"there is no spectrum {source}; make one with CleanSpectrum.fit and CleanSpectrum.save")
-        try:
-            with safe_open(source, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("memhook", "null"))
-                power = file.get_tensor("power") if isinstance(about, dict) and about.get("format") == _FORMAT else None
-        except Exception as error:  # an untrusted file: whatever its readers raise, it cannot be read
-            raise CalibrationError(f"{source} cannot be read as a spectrum: {type(error).__name__}: {error}") from error
-        if power is None:
-            raise CalibrationError(f"{source} is a safetensors file, but not a spectrum of the format {_FORMAT}")
-        samples, space, timestep, shrinkage = (about.get(name) for name in ("samples", "space", "timestep", "shrinkage"))
+        about, arrays = read_calibration_file(
+            path, form=_FORMAT, names=("power",), noun="spectrum", made_with="CleanSpectrum.fit and CleanSpectrum.save"
+        )
+        power = arrays["power"]
+        found: list[Any] = [about.get(name) for name in ("samples", "space", "timestep", "shrinkage")]
+        samples, space, timestep, shrinkage = found
         numbers = type(samples) is int and type(shrinkage) is float and (timestep is None or type(timestep) is float)
-        if power.dtype != torch.float32 or space not in SPACES or not numbers:
-            raise CalibrationError(f"{source} is damaged: power is {power.dtype} and the rest {str(about)[:200]}")
-        return CleanSpectrum(power, samples, space, timestep, shrinkage)
+        if power.dtype != np.float32 or space not in SPACES or not numbers:
+            raise CalibrationError(f"{path} is damaged: power is {power.dtype} and the rest {str(about)[:200]}")
+        return CleanSpectrum(torch.from_numpy(power), samples, space, timestep, shrinkage)
 
 
 def _difference(evaluation: Evaluation, pred_cond: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memhook.calibration import calibrate
+from memhook.calibration_files import read_calibration_file
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.files import replace_file
 from memhook.training.timesteps import Span, as_span, inside
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _FORMAT = "memhook-training-calibration-1"
-_LARGEST_FILE = 256 * 2**20  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,25 +171,10 @@ class FilterCalibration:
         Raises:
             CalibrationError: The file is missing, damaged, or not a calibration of the training filter.
         """
-        from safetensors import safe_open
-
-        source = Path(path)
-        if not source.is_file():
-            raise CalibrationError(f"there is no calibration file {source}; make one with FilterCalibration.save")
-        size = source.stat().st_size
-        if size > _LARGEST_FILE:
-            raise CalibrationError(f"{source} has {size:,} bytes; a calibration has at most {_LARGEST_FILE:,}")
-        found: dict[str, np.ndarray] = {}
-        try:
-            with safe_open(source, framework="numpy") as file:
-                about = json.loads((file.metadata() or {}).get("memhook", "null"))
-                if isinstance(about, dict) and about.get("format") == _FORMAT:
-                    found = {name: file.get_tensor(name) for name in ("timesteps", "magnitudes", "edges")}
-        except Exception as error:  # an untrusted file: whatever its readers raise, it cannot be read
-            raise CalibrationError(f"{source} cannot be read as a calibration: {type(error).__name__}: {error}") from error
-        if not found:
-            raise CalibrationError(f"{source} is a safetensors file, but not a calibration of the format {_FORMAT}")
-        return _checked(source, found, about.get("shape"), about.get("span"))
+        about, found = read_calibration_file(
+            path, form=_FORMAT, names=("timesteps", "magnitudes", "edges"), noun="calibration", made_with="FilterCalibration.save"
+        )
+        return _checked(Path(path), found, about.get("shape"), about.get("span"))
 
 
 def _checked(source: Path, found: dict[str, np.ndarray], shape: Any, span: Any) -> FilterCalibration:
