@@ -13,7 +13,7 @@ from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
-from memhook.testbed.bundle import GUIDANCE_SCALE, read_memorized
+from memhook.testbed.bundle import GUIDANCE_SCALE, memorized
 
 REPLACEMENT = (
     "Exchanged words are replaced by random ordinary words of the model's vocabulary that stand in no planted caption, the same ones in every row. "
@@ -42,7 +42,7 @@ def run_attribution_bench(
     if steps < 10:
         raise MemhookError(f"steps is {steps}; scores are averaged over the first ten evaluations, so expected 10 or more")
     studio = open_studio(model, steps=steps)
-    chosen = spread([prompt for prompt in read_memorized(studio.folder) if prompt.kind != "ladder"], prompts)
+    chosen = spread([prompt for prompt in memorized(folder=studio.folder) if prompt.kind != "ladder"], prompts)
     rankings = rank_words(studio, chosen, images=scored, work=work, track=lambda rows: tracked(rows, total=len(rows), doing="scoring words"))
     hits = hit_rows(rankings)
     verbatim = [ranking for ranking in rankings if ranking.prompt.kind == "verbatim"]

@@ -13,7 +13,7 @@ import torch
 from memhook.calibration import Calibration
 from memhook.errors import MemhookError
 from memhook.guard import guard
-from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt, read_clean, read_memorized
+from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt, clean, memorized
 from memhook.testbed.study import IMAGES
 
 if TYPE_CHECKING:
@@ -57,9 +57,8 @@ def guarded_rows(
         fpr: False-positive rate of the guard, which decides at the first evaluation.
         track: Wraps the batches, to show progress.
     """
-    pipeline, known = studio.pipeline, [row for row in read_clean(studio.folder) if row.split == "test"]
-    found = {name: [row for row in known if row.source == name][:per_source] for name in sources}
-    planted = [row for row in read_memorized(studio.folder) if row.kind == "verbatim"][:per_source]
+    found = {name: clean(split="test", source=name, folder=studio.folder)[:per_source] for name in sources}
+    planted = memorized(kind="verbatim", folder=studio.folder)[:per_source]
     if not 1 <= per_source <= len(planted):
         raise MemhookError(f"per-source is {per_source}; expected 1 to {len(planted)}")
     calibration = Calibration.load(studio.folder / "calibration.safetensors").using(first=1)
@@ -69,7 +68,7 @@ def guarded_rows(
 
         def run(batch: Sequence[Any] = batch, number: int = number) -> np.ndarray:
             generators = [torch.Generator().manual_seed(SEED + 100 * number + image) for image in range(len(batch) * IMAGES)]
-            images = pipeline(
+            images = studio.pipeline(
                 [prompt.prompt for prompt in batch],
                 num_images_per_prompt=IMAGES,
                 guidance_scale=GUIDANCE_SCALE,
@@ -81,7 +80,7 @@ def guarded_rows(
         plain = run()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the samples .* did not come down")  # counted as flagged all the same
-            with guard(pipeline, calibration, fpr=fpr, action="mitigate") as report:
+            with guard(studio.pipeline, calibration, fpr=fpr, action="mitigate") as report:
                 guarded = run()
         if report.detection is None:
             raise MemhookError("the guard made no decision; expected one at the first evaluation")

@@ -17,7 +17,7 @@ from memhook.bench.samples import BATCH, Judged, Pictures, Sample, Studio, fresh
 from memhook.errors import MemhookError
 from memhook.optimization import Optimizer, optimize_embedding
 from memhook.prediction import magnitude
-from memhook.testbed.bundle import read_clean
+from memhook.testbed.bundle import clean
 from memhook.testbed.measures import COPY_THRESHOLD
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ class Point:
 
 def clean_median(studio: Studio) -> float:
     """The median magnitude of clean prompts of the calibration split at the first evaluation, in the setting of this run."""
-    known = [row for row in read_clean(studio.folder) if row.split == "calibration"]
-    rows = [row for source in _SOURCES for row in [row for row in known if row.source == source][: CLEAN_PROMPTS // len(_SOURCES)]]
+    each = CLEAN_PROMPTS // len(_SOURCES)
+    rows = [row for source in _SOURCES for row in clean(split="calibration", source=source, folder=studio.folder)[:each]]
     embeddings, noise = studio.encode([row.prompt for row in rows]), studio.noise(range(len(rows)))
     found = [studio.evaluations(embeddings[i : i + BATCH], noise[i : i + BATCH])[0] for i in range(0, len(rows), BATCH)]
     magnitudes = [magnitude(first.pred_cond, first.pred_uncond) for first in found if first.pred_uncond is not None]

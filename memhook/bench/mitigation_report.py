@@ -32,7 +32,7 @@ from memhook.cli.progress import tracked
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
-from memhook.testbed.bundle import read_memorized
+from memhook.testbed.bundle import memorized
 
 _LOOKS = {
     OPTIMIZED: ("o-", "#c1440e"),
@@ -69,10 +69,10 @@ def run_mitigation_bench(
     shown = Shown()
     studio = open_studio(model, steps=steps)
     clean = clean_median(studio)
-    ways, planted = all_ways(TARGETS), read_memorized(studio.folder)
+    ways = all_ways(TARGETS)
     found: dict[str, tuple[list[Sample], list[Outcome], list[Point]]] = {}
     for kind, count in (("verbatim", verbatim), ("template", templates)):
-        chosen = spread([row for row in planted if row.kind == kind], count)
+        chosen = spread(memorized(kind="verbatim" if kind == "verbatim" else "template", folder=studio.folder), count)
         samples = [Sample(prompt, seed) for prompt in chosen for seed in seeds_of(prompt, images)]
         outcomes = run_ways(
             studio,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -16,10 +17,13 @@ from memhook.cli.progress import tracked
 from memhook.errors import MemhookError
 from memhook.evaluation import evaluate
 from memhook.prediction import Evaluation, magnitude
-from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, read_clean, read_memorized
+from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, clean, memorized
 from memhook.whitening import SHRINKAGE, CleanSpectrum
 
-SOURCES = ("once", "held-out", "foreign", "random")
+if TYPE_CHECKING:
+    from memhook.testbed.plan import Source
+
+SOURCES: tuple[Source, ...] = ("once", "held-out", "foreign", "random")
 FITTED = (64, 256, 1024)  # clean prompts behind a spectrum
 IMAGES = 4
 FPR = 0.01
@@ -61,8 +65,13 @@ def first_evaluations(
         embeddings = studio.encode([prompt.prompt for prompt in batch]).repeat_interleave(images, dim=0)
         noise = studio.noise([seed + start * images + number for number in range(len(embeddings))])
         [first] = studio.evaluations(embeddings, noise)
-        found.append(Evaluation(first.pred_cond, first.pred_uncond, first.space, first.roles, first.timestep))  # without the call
+        found.append(replace(first, embedding=None, replay=None))  # the call is not needed, and holds the whole batch
     return found
+
+
+def scored_memorized(studio: Studio) -> list[MemorizedPrompt]:
+    """The planted prompts but those that were shown a few times by design."""
+    return [row for row in memorized(folder=studio.folder) if row.kind != "ladder"]
 
 
 def plain(evaluation: Evaluation) -> torch.Tensor:
@@ -89,16 +98,14 @@ def whitening_rows(
         images: Of a test prompt; prompts that a spectrum is fitted on have one.
         track: Wraps the batches, to show progress.
     """
-    known = read_clean(studio.folder)
-    calibration = [row for row in known if row.split == "calibration"]
-    for name, value, most in (("per-source", per_source, len(known) - len(calibration)), ("fitted", max(fitted), len(calibration))):
-        limit = most // len(SOURCES) if name == "per-source" else most
-        if not 1 <= value <= limit:
-            raise MemhookError(f"{name} is {value}; expected 1 to {limit}")
-    memorized = [row for row in read_memorized(studio.folder) if row.kind != "ladder"]
-    clean = [row for source in SOURCES for row in [row for row in known if row.split == "test" and row.source == source][:per_source]]
+    calibration = clean(split="calibration", folder=studio.folder)
+    tested = [clean(split="test", source=source, folder=studio.folder) for source in SOURCES]
+    for name, value, most in (("per-source", per_source, min(map(len, tested))), ("fitted", max(fitted), len(calibration))):
+        if not 1 <= value <= most:
+            raise MemhookError(f"{name} is {value}; expected 1 to {most}")
+    positives, negatives = scored_memorized(studio), [row for rows in tested for row in rows[:per_source]]
     fit = first_evaluations(studio, calibration[: max(fitted)], images=1, seed=SEED, track=track)
-    test = first_evaluations(studio, [*memorized, *clean], images=images, seed=SEED + 10_000_000, track=track)
+    test = first_evaluations(studio, [*positives, *negatives], images=images, seed=SEED + 10_000_000, track=track)
     scores: list[tuple[str, int, Callable[[Evaluation], torch.Tensor]]] = [("magnitude", 0, plain)]
     scores += [("whitened magnitude", count, CleanSpectrum.fit(_first(fit, count)).magnitude) for count in fitted]
     rows = []
@@ -107,11 +114,11 @@ def whitening_rows(
         for used in (1, images) if images > 1 else (1,):
             tries = values if used == 1 else values.mean(axis=0)[None]
             found = evaluate(
-                tries[:, : len(memorized)],
-                tries[:, len(memorized) :],
+                tries[:, : len(positives)],
+                tries[:, len(positives) :],
                 fpr=FPR,
-                memorized_families=[row.family for row in memorized],
-                clean_families=[row.family for row in clean],
+                memorized_families=[row.family for row in positives],
+                clean_families=[row.family for row in negatives],
             )
             auc, tpr = (Estimate(figure.value, figure.low, figure.high) for figure in (found.auc, found.tpr))
             rows.append(WhiteningRow(name, count, used, auc, tpr))
@@ -136,10 +143,10 @@ def run_whitening_bench(*, per_source: int, out: Path | None, page: Path | None,
         read_page(page, section)  # before the run: a wrong file is told at once
     studio = open_studio(model)
     rows = whitening_rows(studio, per_source=per_source, track=lambda items: tracked(items, total=len(items), doing="first evaluations"))
-    memorized = sum(row.kind != "ladder" for row in read_memorized(studio.folder))
+    planted, fresh = len(scored_memorized(studio)), len(SOURCES) * per_source
     shown = Shown()
     shown.table(
-        f"First evaluation only, {memorized} memorized and {len(SOURCES) * per_source} clean prompts, DDIM {studio.steps} steps [95%]",
+        f"First evaluation only, {planted} memorized and {fresh} clean prompts, DDIM {studio.steps} steps [95%]",
         [("score", ""), ("clean prompts fitted on", "right"), ("images", "right"), ("AUC", "right"), ("TPR at 1% FPR", "right")],
         [(row.score, str(row.fitted) if row.fitted else "-", str(row.images), f"{row.auc.value:.4f}", str(row.tpr)) for row in rows],
     )

@@ -111,21 +111,21 @@ def read_clean(folder: Path) -> list[CleanPrompt]:
     return [CleanPrompt(**row) for row in _rows(folder, "clean.jsonl")]
 
 
-def memorized(*, kind: Kind | None = None) -> list[MemorizedPrompt]:
-    """The planted captions of the bundled model, all or of one kind."""
-    return [row for row in read_memorized(model_path()) if kind is None or row.kind == kind]
+def memorized(*, kind: Kind | None = None, folder: Path | None = None) -> list[MemorizedPrompt]:
+    """The planted captions of the bundled model, or of the one in ``folder``, all or of one kind."""
+    return [row for row in read_memorized(folder or model_path()) if kind is None or row.kind == kind]
 
 
-def clean(*, split: Literal["calibration", "test"] | None = None, source: Source | None = None) -> list[CleanPrompt]:
-    """The prompts that the bundled model has not memorized, all or of one split or source."""
-    return [row for row in read_clean(model_path()) if (split is None or row.split == split) and (source is None or row.source == source)]
+def clean(*, split: Literal["calibration", "test"] | None = None, source: Source | None = None, folder: Path | None = None) -> list[CleanPrompt]:
+    """The prompts that the bundled model, or the one in ``folder``, has not memorized, all or of one split or source."""
+    return [row for row in read_clean(folder or model_path()) if (split is None or row.split == split) and (source is None or row.source == source)]
 
 
 def load_pipeline(folder: Path | None = None) -> Any:
     """The bundled model, or one that was trained in the same way, as a diffusers ``StableDiffusionPipeline`` in float32 without progress bars."""
     from memhook_diffusers.loading import load_pipeline as load
 
-    return load(str(model_path() if folder is None else folder))
+    return load(str(folder or model_path()))
 
 
 def load_reader() -> Reader:
