@@ -9,7 +9,10 @@ The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitiga
 
 from memhook.attribution import TokenAttribution, attribute_tokens
 from memhook.calibration import Calibration, calibrate
-from memhook.capture import probe, watch
+from memhook.capture.intervention import Intervention
+from memhook.capture.prediction import Evaluation, magnitude
+from memhook.capture.trace import Trace
+from memhook.capture.watching import probe, watch
 from memhook.detection import Detection, detect
 from memhook.errors import (
     AmbiguousAdapterError,
@@ -25,13 +28,10 @@ from memhook.errors import (
 from memhook.guard import guard, mitigate
 from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
-from memhook.intervention import Intervention
 from memhook.module import ModuleAdapter
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
-from memhook.prediction import Evaluation, magnitude
 from memhook.stopping import StopRule, stop_rule
 from memhook.tokens import Tokens, prompt_tokens
-from memhook.trace import Trace
 from memhook.training import keep_mask, masked_mean, training_filter
 from memhook.whitening import CleanSpectrum
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.objective import Objective, check_embedding, check_values, independent
+from memhook.capture.prediction import Evaluation
+from memhook.capture.trace import Trace
 from memhook.errors import MemhookError, NoGuidanceError, ReplayError
-from memhook.objective import Objective, check_embedding, check_values, independent
-from memhook.prediction import Evaluation
 from memhook.tensors import row_hash
 from memhook.tokens import Tokens, tokens_of
-from memhook.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

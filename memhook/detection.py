@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.trace import per_prompt, prompt_mean
+from memhook.capture.trace import per_prompt, prompt_mean
 
 if TYPE_CHECKING:
     from memhook.calibration import Calibration
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memhook.capture.trace import Trace
     from memhook.detection import Detection
-    from memhook.trace import Trace
 
 
 class MemhookError(Exception):

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from memhook.capture import attached, cannot_intervene
+from memhook.capture.trace import Trace
+from memhook.capture.watching import attached, cannot_intervene
 from memhook.detection import Detection, detect
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError
 from memhook.guard_report import Guard, Repair
 from memhook.mitigation import Settings, mitigate_samples
 from memhook.plugins import find_adapter
 from memhook.stopping import StopRule
-from memhook.trace import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from memhook.calibration import Calibration
+    from memhook.capture.intervention import Intervention
+    from memhook.capture.prediction import Evaluation
     from memhook.hookspecs import Adapter
-    from memhook.intervention import Intervention
-    from memhook.prediction import Evaluation
 
 Action = Literal["mitigate", "stop", "warn"]
 

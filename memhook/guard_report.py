@@ -10,10 +10,10 @@ import torch
 if TYPE_CHECKING:
     import numpy as np
 
+    from memhook.capture.intervention import Intervention
+    from memhook.capture.trace import Trace
     from memhook.detection import Detection
-    from memhook.intervention import Intervention
     from memhook.optimization import OptimizedEmbedding
-    from memhook.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
-    from memhook.intervention import Intervention
-    from memhook.prediction import Evaluation
-    from memhook.trace import Row
+    from memhook.capture.intervention import Intervention
+    from memhook.capture.prediction import Evaluation
+    from memhook.capture.trace import Row
 
 PROJECT = "memhook"  # also the entry-point group
 

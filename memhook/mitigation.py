@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.intervention import Intervention
+from memhook.capture.prediction import magnitude
 from memhook.errors import ReplayError
-from memhook.intervention import Intervention
 from memhook.optimization import OptimizedEmbedding, optimize_embedding
-from memhook.prediction import magnitude
 
 if TYPE_CHECKING:
-    from memhook.prediction import Evaluation
+    from memhook.capture.prediction import Evaluation
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.objective import Objective, check_embedding, check_values, independent
 from memhook.checkpointing import checkpointing
 from memhook.errors import MemhookError
-from memhook.objective import Objective, check_embedding, check_values, independent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.capture.prediction import Evaluation, Roles, Space, magnitude
+from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError
-from memhook.prediction import Evaluation, Roles, Space, magnitude
 from memhook.replay import CallRecord, Path, Replay, look_up
 from memhook.tensors import copy_of, row_hash, take_rows, version
-from memhook.trace import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable

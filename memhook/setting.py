@@ -13,7 +13,7 @@ from memhook.fingerprint import is_fingerprint, same_fingerprint
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 
 _FINGERPRINTS = ("model", "text_encoder", "text_encoder_2", "text_encoder_3")
 _LEVELS = ("timesteps", "sigmas")

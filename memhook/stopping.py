@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memhook.calibration import Calibration
+from memhook.capture.trace import per_prompt, prompt_mean
 from memhook.detection import Detection
 from memhook.errors import CalibrationError, MemhookError
-from memhook.trace import per_prompt, prompt_mean
 
 if TYPE_CHECKING:
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)

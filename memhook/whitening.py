@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from memhook.calibration_files import read_calibration_file
+from memhook.capture.prediction import SPACES, Evaluation, Space
 from memhook.errors import CalibrationError, CalibrationMismatchError, MemhookError, NoGuidanceError, ReplayError
 from memhook.files import replace_file
-from memhook.prediction import SPACES, Evaluation, Space
 
 if TYPE_CHECKING:
     import os

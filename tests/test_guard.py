@@ -13,8 +13,8 @@ from torch import nn
 
 import memhook
 from memhook import Intervention, ModuleAdapter, guard, mitigate
+from memhook.capture.intervention import replace_prediction
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError, NoGuidanceError
-from memhook.intervention import replace_prediction
 from memhook.testing import sample, tiny_unet
 
 LAYOUTS = ["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memhook.prediction import Space
+    from memhook.capture.prediction import Space
 
 
 def space_of(model: Any) -> Space:

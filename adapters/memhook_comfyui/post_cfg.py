@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memhook.capture.prediction import Evaluation, magnitude
+from memhook.capture.trace import Row
 from memhook.errors import MemhookError
-from memhook.prediction import Evaluation, magnitude
-from memhook.trace import Row
 from memhook_comfyui.noise import covered, space_of, to_noise
 from memhook_comfyui.prompts import fingerprints
 from memhook_comfyui.roles import NOT_COVERED

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.prediction import Evaluation, Space, magnitude
-from memhook.trace import Row
+from memhook.capture.prediction import Evaluation, Space, magnitude
+from memhook.capture.trace import Row
 from memhook_comfyui.noise import column, covered, space_of, to_clean, to_noise
 from memhook_comfyui.prompts import Conds, fingerprints, read_embedding, write_embedding
 from memhook_comfyui.replays import CondCall, make_replay
@@ -21,8 +21,8 @@ from memhook_comfyui.thaw import thawed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from memhook.capture.intervention import Intervention
     from memhook.hookspecs import Watcher
-    from memhook.intervention import Intervention
 
 _ARGUMENTS = ("model", "conds", "x_in", "timestep", "model_options")  # of calc_cond_batch
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook.capture.prediction import magnitude
 from memhook.pairs import Prediction, same_samples
-from memhook.prediction import magnitude
 from memhook_diffusers.roles import Decision, decide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memhook.trace import Row
+    from memhook.capture.trace import Row
     from memhook_diffusers.evidence import Observation
 
 _FIRST = 4  # evaluations of a run that are looked at; then only the 8th, 16th, ...

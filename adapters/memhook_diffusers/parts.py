@@ -11,7 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from memhook.prediction import Space
+    from memhook.capture.prediction import Space
 
 _USUAL = ("unet", "transformer", "prior", "decoder")
 _SPACES: dict[str, Space] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memhook.capture import watch
+from memhook.capture.watching import watch
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 from memhook_diffusers.loading import quiet_libraries
 from memhook_diffusers.previews import clean_estimates, decode
 

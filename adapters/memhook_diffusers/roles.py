@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from memhook.prediction import Roles
+    from memhook.capture.prediction import Roles
     from memhook_diffusers.evidence import Observed
 from memhook_diffusers.claims import claimed_pair
 from memhook_diffusers.fit import Fit, fit_weights

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.capture.intervention import Substitution
+from memhook.capture.trace import Row
 from memhook.hooks import hook_arguments
-from memhook.intervention import Substitution
 from memhook.pairs import PairRecorder, Prediction, find_timestep
-from memhook.trace import Row
 from memhook_diffusers.calls import Call, Conditioning, make_call
 from memhook_diffusers.layout import Layout, Numbers, Reading
 from memhook_diffusers.parts import space_of
@@ -39,9 +39,9 @@ from memhook_diffusers.ways import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from memhook.capture.intervention import Intervention
+    from memhook.capture.prediction import Space
     from memhook.hookspecs import Watcher
-    from memhook.intervention import Intervention
-    from memhook.prediction import Space
     from memhook_diffusers.roles import Decision
 
 

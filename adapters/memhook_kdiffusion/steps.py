@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 
 
 def step_callback(trace: Trace, then: Callable[[Mapping[str, Any]], object] | None = None) -> Callable[[Mapping[str, Any]], None]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.objective import check_embedding
 from memhook.errors import MemhookError
-from memhook.objective import check_embedding
 
 _LARGEST = 100_000  # random numbers are below it
 _TRIES = 1_000  # draws for one token that can be written as a word

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memhook.capture import watch
-from memhook.trace import Trace
+from memhook.capture.trace import Trace
+from memhook.capture.watching import watch
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memhook import replay
 from memhook.attribution import attribute_tokens
-from memhook.capture import probe
+from memhook.capture.watching import probe
 from memhook.checkpointing import find_blocks
 from memhook.errors import MemhookError
 from memhook.module import ModuleAdapter
@@ -27,7 +27,7 @@ from memhook.tensors import map_tensors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from memhook.prediction import Evaluation
+    from memhook.capture.prediction import Evaluation
 
 FORWARD = "conditional forward"
 LEAST = "forward + embedding backward"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.capture import probe, watch
+from memhook.capture.watching import probe, watch
 from memhook.errors import MemhookError
 from memhook.files import read_arrays, write_arrays
 from memhook.fingerprint import fingerprint
@@ -25,7 +25,7 @@ from memhook.testbed.measures import copy_similarities
 from memhook.testbed.plan import planted
 
 if TYPE_CHECKING:
-    from memhook.prediction import Evaluation
+    from memhook.capture.prediction import Evaluation
     from memhook.testbed.measures import Reader
 
 BATCH = 32  # samples in one run of the sampler

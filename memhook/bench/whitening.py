@@ -13,10 +13,10 @@ from einops import rearrange
 from memhook.bench.resampling import Estimate
 from memhook.bench.samples import BATCH, Studio, open_studio
 from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
+from memhook.capture.prediction import Evaluation, magnitude
 from memhook.cli.progress import tracked
 from memhook.errors import MemhookError
 from memhook.evaluation import evaluate
-from memhook.prediction import Evaluation, magnitude
 from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, clean, memorized
 from memhook.whitening import SHRINKAGE, CleanSpectrum
 

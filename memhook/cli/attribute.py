@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memhook.attribution import TokenAttribution, attribute_tokens
-from memhook.capture import probe
+from memhook.capture.watching import probe
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file, write_text

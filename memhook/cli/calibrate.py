@@ -18,9 +18,9 @@ from memhook.errors import CalibrationError
 from memhook.setting import brief
 
 if TYPE_CHECKING:
+    from memhook.capture.trace import Trace
     from memhook.cli.sampling import Sampling
     from memhook.prompt_files import PromptRow
-    from memhook.trace import Trace
 
 
 def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int | None, out: Path) -> None:

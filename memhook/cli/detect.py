@@ -13,6 +13,7 @@ import numpy as np
 from rich.text import Text
 
 from memhook.calibration import Calibration
+from memhook.capture.trace import per_prompt
 from memhook.cli.journal import Journal
 from memhook.cli.progress import tracked
 from memhook.cli.sampling import IMAGES, Sampling
@@ -21,7 +22,6 @@ from memhook.cli.verdicts import Verdict, check_format, json_lines, write_verdic
 from memhook.detection import detect
 from memhook.discovery import PValueCounts
 from memhook.errors import MemhookError
-from memhook.trace import per_prompt
 
 if TYPE_CHECKING:
     from memhook.prompt_files import PromptRow

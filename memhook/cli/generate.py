@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from memhook.calibration import Calibration
-from memhook.capture import watch
+from memhook.capture.watching import watch
 from memhook.cli.tables import console
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.files import replace_file, write_text
 from memhook.guard import guard
 
 if TYPE_CHECKING:
+    from memhook.capture.trace import Trace
     from memhook.cli.sampling import Sampling
     from memhook.guard_report import Guard
-    from memhook.trace import Trace
 
 
 def run_generate(

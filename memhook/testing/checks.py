@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.capture import watch
+from memhook.capture.prediction import Evaluation, magnitude
+from memhook.capture.watching import watch
 from memhook.errors import GuidanceLayoutError, MemhookError, NoGuidanceError
-from memhook.prediction import Evaluation, magnitude
 from memhook.testing.state import changes, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from memhook.capture.trace import Trace
     from memhook.hookspecs import Adapter
-    from memhook.trace import Trace
 
 _TOLERANCE = 1e-3  # relative; batches of another size take other kernels
 

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from memhook.capture.prediction import magnitude
 from memhook.errors import MemhookError
-from memhook.prediction import magnitude
 
 Normalize = Literal["kept", "batch"]
 """What the sum of the kept losses is divided by: the number of kept samples (the paper), or the size of the batch."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from memhook.capture.prediction import magnitude
 from memhook.errors import MemhookError
-from memhook.prediction import magnitude
 from memhook.training.calibration import BinnedThreshold
 from memhook.training.cutting import RowsPass
 from memhook.training.masking import check_finite

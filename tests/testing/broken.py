@@ -4,9 +4,9 @@ import contextlib
 from dataclasses import replace
 from typing import ClassVar
 
+from memhook.capture.trace import Row
 from memhook.hooks import hook_calls
 from memhook.pairs import PairRecorder, split_call
-from memhook.trace import Row
 
 
 class GoodAdapter:

@@ -17,7 +17,7 @@ from memhook.errors import MemhookError
 from memhook.tensors import row_hash
 
 if TYPE_CHECKING:
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 
 _Key = tuple[tuple[int, ...], int]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # into which ComfyUI may convert what a sampler returned

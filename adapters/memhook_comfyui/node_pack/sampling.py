@@ -9,7 +9,7 @@ import memhook
 from .host import comfy, unpatched
 
 if TYPE_CHECKING:
-    from memhook.trace import Trace
+    from memhook.capture.trace import Trace
 
 Conditioning = list[list[Any]]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
+from memhook.capture.rows import Row, number, own, read, settle
+from memhook.capture.runs import run_starts
 from memhook.errors import MemhookError, NoGuidanceError
-from memhook.prediction import SPACES, Evaluation, Roles, Space, magnitude
-from memhook.rows import Row, number, own, read, settle
-from memhook.runs import run_starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import memhook
 from memhook import Evaluation, GuidanceLayoutError, MemhookError, NoGuidanceError, Trace
+from memhook.capture.trace import Row
 from memhook.testing import sample
-from memhook.trace import Row
 
 
 def recorded(levels, *, samples=2, unit="timestep", missing=()):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from memhook.prediction import Roles, Space
+    from memhook.capture.prediction import Roles, Space
 
 
 @dataclass

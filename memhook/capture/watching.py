@@ -7,18 +7,18 @@ import itertools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
+from memhook.capture.intervention import Intervention
+from memhook.capture.trace import Row, Trace
 from memhook.errors import MemhookError, MemorizationDetectedError
-from memhook.intervention import Intervention
 from memhook.plugins import find_adapter
 from memhook.replay import replaying
-from memhook.trace import Row, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from memhook.capture.prediction import Evaluation
     from memhook.detection import Detection
     from memhook.hookspecs import Adapter
-    from memhook.prediction import Evaluation
 
 # The watches that the current thread or task is inside of. A context variable, because a hook on a module sees the calls
 # of every thread: only calls made from inside a watch's own block may be recorded by it.

@@ -16,7 +16,7 @@ from memhook.replay import look_up, put
 from memhook.tensors import like
 
 if TYPE_CHECKING:
-    from memhook.prediction import Evaluation
+    from memhook.capture.prediction import Evaluation
     from memhook.replay import Path
 
 
