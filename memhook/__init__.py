@@ -7,6 +7,7 @@
 The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models*, ICLR 2024.
 """
 
+from memhook.adapting.module import ModuleAdapter
 from memhook.attribution import TokenAttribution, attribute_tokens
 from memhook.calibration import Calibration, calibrate
 from memhook.capture.intervention import Intervention
@@ -28,7 +29,6 @@ from memhook.errors import (
 from memhook.guard import guard, mitigate
 from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
-from memhook.module import ModuleAdapter
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
 from memhook.stopping import StopRule, stop_rule
 from memhook.tokens import Tokens, prompt_tokens

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.adapting.tensors import row_hash
 from memhook.capture.objective import Objective, check_embedding, check_values, independent
 from memhook.capture.prediction import Evaluation
 from memhook.capture.trace import Trace
 from memhook.errors import MemhookError, NoGuidanceError, ReplayError
-from memhook.tensors import row_hash
 from memhook.tokens import Tokens, tokens_of
 
 if TYPE_CHECKING:

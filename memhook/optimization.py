@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.adapting.checkpointing import checkpointing
 from memhook.capture.objective import Objective, check_embedding, check_values, independent
-from memhook.checkpointing import checkpointing
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memhook.adapting.fingerprint import is_fingerprint, same_fingerprint
 from memhook.errors import CalibrationError
-from memhook.fingerprint import is_fingerprint, same_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,6 +13,7 @@ from torch import nn
 
 import memhook
 from memhook import Intervention, ModuleAdapter, guard, mitigate
+from memhook.adapting.pairs import read_output
 from memhook.capture.intervention import replace_prediction
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError, NoGuidanceError
 from memhook.testing import sample, tiny_unet
@@ -400,8 +401,8 @@ def test_outputs_of_every_form_are_replaced_in_a_copy(wrap):
     output = wrap(old)
     changed = replace_prediction(output, old, new)
     assert type(changed) is type(output)
-    assert memhook.pairs.read_output(changed) is new
-    assert memhook.pairs.read_output(output) is old
+    assert read_output(changed) is new
+    assert read_output(output) is old
 
 
 def test_an_output_without_the_prediction():

@@ -9,7 +9,7 @@ from torch import nn
 
 import memhook
 from memhook import optimize_embedding, per_sample_target
-from memhook.checkpointing import find_blocks
+from memhook.adapting.checkpointing import find_blocks
 from memhook.errors import MemhookError
 from memhook.testing import sample, tiny_unet
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memhook.adapting.tensors import row_hash
 from memhook.errors import ReplayError
-from memhook.tensors import row_hash
 from memhook_comfyui.thaw import thawed, with_tensors
 
 Conds = list[dict[str, Any]]

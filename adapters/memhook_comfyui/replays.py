@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memhook.checkpointing import checkpointed
+from memhook.adapting.checkpointing import checkpointed
+from memhook.adapting.replay import Replay, replayed
 from memhook.errors import ReplayError
-from memhook.replay import Replay, replayed
 from memhook_comfyui.noise import to_noise
 from memhook_comfyui.prompts import Conds, write_embedding
 from memhook_comfyui.thaw import thawed, thawed_modules, thawed_tree, with_tensors
 
 
 class CondCall:
-    """One call of ComfyUI's ``calc_cond_batch``, kept with the conditional list alone; stands in for a `memhook.replay.CallRecord`.
+    """One call of ComfyUI's ``calc_cond_batch``, kept with the conditional list alone; stands in for a `memhook.adapting.replay.CallRecord`.
 
     Args:
         again: ``again(model, conds, x, sigma, options) -> [x0]``, ComfyUI's own function and the wrappers of others.

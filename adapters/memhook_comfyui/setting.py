@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memhook.fingerprint import fingerprint
-from memhook.tensors import tensors_in
+from memhook.adapting.fingerprint import fingerprint
+from memhook.adapting.tensors import tensors_in
 
 
 @torch.no_grad()

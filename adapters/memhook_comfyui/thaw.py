@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memhook.tensors import map_tensors
+from memhook.adapting.tensors import map_tensors
 
 _lock = threading.RLock()
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from memhook.adapting.fingerprint import Fingerprinted
+from memhook.adapting.hooks import hook_calls
 from memhook.errors import NoAdapterError
-from memhook.fingerprint import Fingerprinted
-from memhook.hooks import hook_calls
 from memhook_diffusers.parts import Parts, find_parts
 from memhook_diffusers.reasons import remedy, why_missing
 from memhook_diffusers.run import Run

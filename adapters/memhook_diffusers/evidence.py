@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
     from memhook_diffusers.outputs import Reader
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook.adapting.pairs import Prediction, same_samples
 from memhook.capture.prediction import magnitude
-from memhook.pairs import Prediction, same_samples
 from memhook_diffusers.roles import Decision, decide
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
 
 Form = Literal["same", "frames_moved", "unknown"]
 """How the elements of a sample stand in what the scheduler is given: in the same order, with the frame axis moved, or not known."""

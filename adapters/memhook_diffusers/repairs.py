@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
     from memhook_diffusers.outputs import Reader
 
 _WORST_FIT = 1e-2  # relative residual of a sample beyond which the output is something else than a combination of the predictions

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from memhook.adapting.replay import CallRecord, Path, look_up
+from memhook.adapting.tensors import map_tensors
+from memhook.adapting.whole_batch import ReplayFunction, RowsOrWhole
 from memhook.errors import ReplayError
-from memhook.replay import CallRecord, Path, look_up
-from memhook.tensors import map_tensors
-from memhook.whole_batch import ReplayFunction, RowsOrWhole
 from memhook_diffusers.text import find_sample, is_per_row, leaves, read_text, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
 
 _PER_FRAME = ("residual", "control")  # inputs with several rows a sample, beside the embedding
 

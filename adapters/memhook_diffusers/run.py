@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.hooks import hook_arguments
+from memhook.adapting.pairs import PairRecorder, Prediction, find_timestep
 from memhook.capture.intervention import Substitution
 from memhook.capture.trace import Row
-from memhook.hooks import hook_arguments
-from memhook.pairs import PairRecorder, Prediction, find_timestep
 from memhook_diffusers.calls import Call, Conditioning, make_call
 from memhook_diffusers.layout import Layout, Numbers, Reading
 from memhook_diffusers.parts import space_of

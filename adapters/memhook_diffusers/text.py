@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memhook.pairs import EMBEDDING_NAMES, SAMPLE_NAMES
-from memhook.replay import Path, look_up
+from memhook.adapting.pairs import EMBEDDING_NAMES, SAMPLE_NAMES
+from memhook.adapting.replay import Path, look_up
 
 _USUAL = (*EMBEDDING_NAMES, "clip_text", "c", "cap_feats", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "proj_embedding")
 _POOLED = ("class_labels",)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memhook.replay import look_up
-from memhook.tensors import row_hash
+from memhook.adapting.replay import look_up
+from memhook.adapting.tensors import row_hash
 from memhook_diffusers.calls import Call, Conditioning, cut, input_hashes, sample_hashes
 from memhook_diffusers.evidence import Observation, observe
 from memhook_diffusers.layout import Reading
@@ -19,7 +19,7 @@ from memhook_diffusers.roles import Decision
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
 
 MOST = 8  # predictions of a step that are looked at, the last ones (Attend-and-Excite makes dozens of calls before)
 

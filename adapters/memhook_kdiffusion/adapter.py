@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from memhook.adapting.fingerprint import Fingerprinted
+from memhook.adapting.hooks import hook_arguments, hook_calls
 from memhook.errors import MemhookError, NoAdapterError
-from memhook.fingerprint import Fingerprinted
-from memhook.hooks import hook_arguments, hook_calls
 from memhook_kdiffusion.conditioning import Names
 from memhook_kdiffusion.run import Form, Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from memhook.adapting.replay import Path
     from memhook.hookspecs import Watcher
-    from memhook.replay import Path
 
 Order = Literal["uncond_first", "cond_first"] | tuple[str, ...]
 _ORDERS = {"uncond_first": ("uncond", "cond"), "cond_first": ("cond", "uncond")}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memhook.pairs import find_timestep, read_output
-from memhook.replay import CallRecord, Path, look_up
-from memhook.tensors import row_hash
+from memhook.adapting.pairs import find_timestep, read_output
+from memhook.adapting.replay import CallRecord, Path, look_up
+from memhook.adapting.tensors import row_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memhook.tensors import row_hash
+from memhook.adapting.tensors import row_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from memhook.replay import Path
+    from memhook.adapting.replay import Path
     from memhook_kdiffusion.calls import Call
     from memhook_kdiffusion.conditioning import Part
 

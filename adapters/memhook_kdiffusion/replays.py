@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook.adapting.pairs import read_output
+from memhook.adapting.replay import Replay
+from memhook.adapting.tensors import copy_of
 from memhook.errors import ReplayError
-from memhook.pairs import read_output
-from memhook.replay import Replay
-from memhook.tensors import copy_of
 
 if TYPE_CHECKING:
     from memhook_kdiffusion.calls import Call

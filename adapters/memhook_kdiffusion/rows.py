@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memhook.tensors import row_hash
+from memhook.adapting.tensors import row_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.pairs import read_output
+from memhook.adapting.replay import unrecorded
+from memhook.adapting.tensors import version
 from memhook.capture.intervention import replace_prediction
 from memhook.capture.prediction import Evaluation
 from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError
-from memhook.hooks import Replaced, hook_arguments, hook_calls
-from memhook.pairs import read_output
-from memhook.replay import unrecorded
-from memhook.tensors import version
 from memhook_kdiffusion.calls import Call, find_declared, find_embedding, read_call
 from memhook_kdiffusion.conditioning import Names, Part, guidance_scale, read_conditioning
 from memhook_kdiffusion.matching import Pairing, doubt, find_by, in_order, match
@@ -32,10 +32,10 @@ from memhook_kdiffusion.substitution import RowSubstitution
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from memhook.adapting.replay import Path
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Roles
     from memhook.hookspecs import Watcher
-    from memhook.replay import Path
 
 _RETRIED = 3  # evaluations that an adaptive sampler makes before it can reject a step
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memhook.replay import look_up, put
-from memhook.tensors import row_hash
+from memhook.adapting.replay import look_up, put
+from memhook.adapting.tensors import row_hash
 from memhook_kdiffusion.calls import find_x
 from memhook_kdiffusion.matching import same_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memhook.replay import Path
+    from memhook.adapting.replay import Path
     from memhook_kdiffusion.conditioning import Part
 
 

@@ -14,15 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from memhook import replay
+from memhook.adapting import replay
+from memhook.adapting.checkpointing import find_blocks
+from memhook.adapting.module import ModuleAdapter
+from memhook.adapting.pairs import read_output
+from memhook.adapting.tensors import map_tensors
 from memhook.attribution import attribute_tokens
 from memhook.capture.watching import probe
-from memhook.checkpointing import find_blocks
 from memhook.errors import MemhookError
-from memhook.module import ModuleAdapter
 from memhook.optimization import optimize_embedding
-from memhook.pairs import read_output
-from memhook.tensors import map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

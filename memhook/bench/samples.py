@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.adapting.fingerprint import fingerprint
 from memhook.capture.watching import probe, watch
 from memhook.errors import MemhookError
 from memhook.files import read_arrays, write_arrays
-from memhook.fingerprint import fingerprint
 from memhook.testbed.bundle import GUIDANCE_SCALE, STEPS, MemorizedPrompt, load_pipeline, load_reader, model_path, read_memorized
 from memhook.testbed.captions import Caption, reword
 from memhook.testbed.evidence import to_tensor, training_pictures

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memhook.adapting.replay import look_up, put
+from memhook.adapting.tensors import like
 from memhook.errors import GuidanceLayoutError, MemhookError
-from memhook.replay import look_up, put
-from memhook.tensors import like
 
 if TYPE_CHECKING:
+    from memhook.adapting.replay import Path
     from memhook.capture.prediction import Evaluation
-    from memhook.replay import Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class Substitution:
 
 
 def replace_prediction(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A copy of a denoiser's output in which the tensor ``old`` (as `memhook.pairs.read_output` finds it) is ``new``."""
+    """A copy of a denoiser's output in which the tensor ``old`` (as `memhook.adapting.pairs.read_output` finds it) is ``new``."""
     if output is old:
         return new
     if isinstance(output, Mapping) and not dataclasses.is_dataclass(output):

@@ -7,11 +7,11 @@ import itertools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
+from memhook.adapting.replay import replaying
 from memhook.capture.intervention import Intervention
 from memhook.capture.trace import Row, Trace
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.plugins import find_adapter
-from memhook.replay import replaying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

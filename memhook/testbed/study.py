@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from memhook.adapting.fingerprint import fingerprint
 from memhook.errors import MemhookError
 from memhook.files import read_arrays, write_arrays
-from memhook.fingerprint import fingerprint
 from memhook.testbed.bundle import GUIDANCE_SCALE, STEPS, CleanPrompt, MemorizedPrompt, clean, load_pipeline, memorized
 from memhook_diffusers.prompts import run_prompts
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.hooks import hook_arguments, hook_calls
+from memhook.adapting.pairs import read_output
+from memhook.adapting.replay import replaying
+from memhook.adapting.tensors import tensors_in, version
 from memhook.errors import MemhookError
-from memhook.hooks import hook_arguments, hook_calls
-from memhook.pairs import read_output
-from memhook.replay import replaying
-from memhook.tensors import tensors_in, version
 from memhook.training.randomness import RandomState
 
 if TYPE_CHECKING:

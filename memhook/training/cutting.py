@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memhook.tensors import like, take_rows, tensors_in
+from memhook.adapting.tensors import like, take_rows, tensors_in
 
 if TYPE_CHECKING:
     from memhook.training.calls import LoopCall

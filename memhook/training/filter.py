@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from memhook.replay import Path
+    from memhook.adapting.replay import Path
     from memhook.training.calls import LoopCall
     from memhook.training.thresholds import Threshold
     from memhook.training.timesteps import Timesteps

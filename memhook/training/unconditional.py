@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.pairs import find_embedding, find_sample, find_timestep, read_output
+from memhook.adapting.replay import Path, look_up, put, unrecorded
 from memhook.errors import MemhookError
-from memhook.pairs import find_embedding, find_sample, find_timestep, read_output
-from memhook.replay import Path, look_up, put, unrecorded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

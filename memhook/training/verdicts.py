@@ -19,7 +19,7 @@ from memhook.training.timesteps import JudgedTimesteps, Timesteps
 from memhook.training.unconditional import NullTensor, UnconditionalPass, prediction_part, timesteps_of
 
 if TYPE_CHECKING:
-    from memhook.replay import Path
+    from memhook.adapting.replay import Path
     from memhook.training.calls import LoopCall
 
 

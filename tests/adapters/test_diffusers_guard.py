@@ -90,7 +90,7 @@ def test_a_flagged_prompt_stops_the_pipeline():
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("strength", [0.0, 0.7, 1.0])
 def test_repair_of_known_formulas(sign, strength):
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
     from memhook_diffusers.outputs import Reader
 
     generator = torch.Generator().manual_seed(0)

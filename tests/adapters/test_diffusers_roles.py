@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memhook.pairs import Prediction
+from memhook.adapting.pairs import Prediction
 from memhook_diffusers.evidence import observe
 from memhook_diffusers.outputs import Reader, readers
 from memhook_diffusers.roles import decide

@@ -4,9 +4,9 @@ import contextlib
 from dataclasses import replace
 from typing import ClassVar
 
+from memhook.adapting.hooks import hook_calls
+from memhook.adapting.pairs import PairRecorder, split_call
 from memhook.capture.trace import Row
-from memhook.hooks import hook_calls
-from memhook.pairs import PairRecorder, split_call
 
 
 class GoodAdapter:

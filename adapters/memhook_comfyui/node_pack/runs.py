@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook.adapting.tensors import row_hash
 from memhook.errors import MemhookError
-from memhook.tensors import row_hash
 
 if TYPE_CHECKING:
     from memhook.capture.trace import Trace

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from memhook.adapting.fingerprint import fingerprint
 from memhook.bench.training.finetune import Model, Steps, fine_tune, observe
 from memhook.bench.training.judging import Judgment, judge, list_figures
 from memhook.bench.training.overhead import Overhead, overhead
 from memhook.bench.training.recipe import Data, Recipe, Way
 from memhook.bench.training.signal import Signal, signal
 from memhook.files import write_text
-from memhook.fingerprint import fingerprint
 from memhook.testbed.bundle import load_pipeline
 from memhook.training import FilterCalibration, FilterReport, KeyCount
 from memhook.training.counts import ranked

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memhook.tensors import copy_of, map_tensors, row_hash, take_rows, tensors_in
+from memhook.adapting.tensors import copy_of, map_tensors, row_hash, take_rows, tensors_in
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64]
 

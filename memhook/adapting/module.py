@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.fingerprint import Fingerprinted
+from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.module_calls import Layout, Moment, Plan, held, read_layout
+from memhook.adapting.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
+from memhook.adapting.replay import look_up
+from memhook.adapting.whole_batch import RowsOrWhole
 from memhook.capture.intervention import Intervention, Substitution, replace_prediction
 from memhook.capture.prediction import SPACES, Space
 from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError, MemhookError
-from memhook.fingerprint import Fingerprinted
-from memhook.hooks import Replaced, hook_arguments, hook_calls
-from memhook.module_calls import Layout, Moment, Plan, held, read_layout
-from memhook.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
-from memhook.replay import look_up
-from memhook.whole_batch import RowsOrWhole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from memhook.adapting.replay import Path
     from memhook.capture.prediction import Evaluation
     from memhook.hookspecs import Watcher
-    from memhook.replay import Path
 
 _OFF = "guidance may be off (use a scale above 1)"
 

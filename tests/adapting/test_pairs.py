@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memhook import GuidanceLayoutError
-from memhook.pairs import PairRecorder, find_embedding, find_sample, find_timestep, read_output, same_samples, split_call
+from memhook.adapting.pairs import PairRecorder, find_embedding, find_sample, find_timestep, read_output, same_samples, split_call
 
 X = torch.zeros(4, 3, 8, 8)
 E = torch.zeros(4, 5, 6)

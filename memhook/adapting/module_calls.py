@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
+from memhook.adapting.tensors import copy_of, version
 from memhook.errors import MemhookError
-from memhook.tensors import copy_of, version
 
 if TYPE_CHECKING:
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
 
 Layout = Literal["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]
 

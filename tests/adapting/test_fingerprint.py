@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memhook import MemhookError
-from memhook.fingerprint import Fingerprinted, fingerprint, is_fingerprint, same_fingerprint
+from memhook.adapting.fingerprint import Fingerprinted, fingerprint, is_fingerprint, same_fingerprint
 from memhook.testing import tiny_unet
 
 

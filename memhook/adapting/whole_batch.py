@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook.adapting.replay import Replay
 from memhook.errors import ReplayError
-from memhook.replay import Replay
 
 if TYPE_CHECKING:
-    from memhook.pairs import Prediction
+    from memhook.adapting.pairs import Prediction
 
 ReplayFunction = Callable[[Tensor], Tensor]
 

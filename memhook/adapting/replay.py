@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memhook.checkpointing import checkpointed
+from memhook.adapting.checkpointing import checkpointed
+from memhook.adapting.tensors import copy_of, like, map_tensors, take_rows
 from memhook.errors import ReplayError
-from memhook.tensors import copy_of, like, map_tensors, take_rows
 
 Path = tuple[int | str, ...]
 """Where an argument stands: a position or a keyword, then keys into nested dicts and lists."""

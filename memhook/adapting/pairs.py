@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.replay import CallRecord, Path, Replay, look_up
+from memhook.adapting.tensors import copy_of, row_hash, take_rows, version
 from memhook.capture.prediction import Evaluation, Roles, Space, magnitude
 from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError
-from memhook.replay import CallRecord, Path, Replay, look_up
-from memhook.tensors import copy_of, row_hash, take_rows, version
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from torch import nn
 
 import memhook
 from memhook import ModuleAdapter, ReplayError
-from memhook.replay import look_up, put
+from memhook.adapting.replay import look_up, put
 from memhook.testing import sample, tiny_unet
 
 SWAPPED = {

@@ -1,0 +1,1 @@
+"""What adapters that hook modules need."""
