@@ -30,10 +30,10 @@ from memhook.guard import guard, mitigate
 from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
+from memhook.scores.spectrum import CleanSpectrum
 from memhook.stopping import StopRule, stop_rule
 from memhook.tokens import Tokens, prompt_tokens
 from memhook.training import keep_mask, masked_mean, training_filter
-from memhook.whitening import CleanSpectrum
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 from memhook import testbed
-from memhook.baselines.density import descriptor_density, pixel_density
 from memhook.bench.detection.report import Options, markdown, run_detection_bench
 from memhook.bench.detection.rows import detection_rows
 from memhook.bench.detection.sampled import Labeled, Sampled, densities, early_steps, group_sizes
@@ -19,6 +18,7 @@ from memhook.cli.app import app
 from memhook.cli.sampling import Sampling
 from memhook.errors import MemhookError
 from memhook.evaluation import roc_auc, tpr_at_fpr
+from memhook.scores.density import descriptor_density, pixel_density
 from memhook_diffusers.previews import clean_estimate, clean_estimates
 from memhook_diffusers.prompts import run_prompts
 

@@ -17,8 +17,8 @@ from memhook.capture.prediction import Evaluation, magnitude
 from memhook.cli.progress import tracked
 from memhook.errors import MemhookError
 from memhook.evaluation import evaluate
+from memhook.scores.spectrum import SHRINKAGE, CleanSpectrum
 from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, clean, memorized
-from memhook.whitening import SHRINKAGE, CleanSpectrum
 
 if TYPE_CHECKING:
     from memhook.testbed.plan import Source

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from memhook.calibration import calibrate
-from memhook.calibration_files import read_calibration_file
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.files import replace_file
+from memhook.scores.stored import read_calibration_file
 from memhook.training.timesteps import Span, as_span, inside
 
 if TYPE_CHECKING:

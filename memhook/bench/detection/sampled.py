@@ -14,10 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from memhook.baselines.density import descriptor_density, pixel_density
 from memhook.errors import MemhookError
 from memhook.files import read_arrays, write_arrays
 from memhook.plugins import find_adapter
+from memhook.scores.density import descriptor_density, pixel_density
 from memhook.testbed.bundle import MemorizedPrompt
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from memhook.baselines.density import descriptor_density, pixel_density
 from memhook.bench.detection.sampled import Describe, early_steps, group_sizes, stages
+from memhook.scores.density import descriptor_density, pixel_density
 
 if TYPE_CHECKING:
     from memhook.cli.sampling import Sampling

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.calibration_files import read_calibration_file
 from memhook.capture.prediction import SPACES, Evaluation, Space
 from memhook.errors import CalibrationError, CalibrationMismatchError, MemhookError, NoGuidanceError, ReplayError
 from memhook.files import replace_file
+from memhook.scores.stored import read_calibration_file
 
 if TYPE_CHECKING:
     import os

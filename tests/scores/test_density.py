@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memhook import MemhookError
-from memhook.baselines.density import descriptor_density, pixel_density, tile_distances
+from memhook.scores.density import descriptor_density, pixel_density, tile_distances
 
 
 def transcribed(a, b, tiles):

@@ -1,0 +1,1 @@
+"""Ways of turning an evaluation, or the images of a prompt, into a number."""
