@@ -9,12 +9,13 @@ The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitiga
 
 from memhook.adapting.module import ModuleAdapter
 from memhook.attribution import TokenAttribution, attribute_tokens
-from memhook.calibration import Calibration, calibrate
 from memhook.capture.intervention import Intervention
 from memhook.capture.prediction import Evaluation, magnitude
 from memhook.capture.trace import Trace
 from memhook.capture.watching import probe, watch
-from memhook.detection import Detection, detect
+from memhook.detection.calibration import Calibration, calibrate
+from memhook.detection.stopping import StopRule, stop_rule
+from memhook.detection.verdict import Detection, detect
 from memhook.errors import (
     AmbiguousAdapterError,
     CalibrationError,
@@ -31,7 +32,6 @@ from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
 from memhook.scores.spectrum import CleanSpectrum
-from memhook.stopping import StopRule, stop_rule
 from memhook.tokens import Tokens, prompt_tokens
 from memhook.training import keep_mask, masked_mean, training_filter
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memhook.capture.trace import Trace
-    from memhook.detection import Detection
+    from memhook.detection.verdict import Detection
 
 
 class MemhookError(Exception):

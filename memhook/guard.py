@@ -12,19 +12,19 @@ from torch import Tensor
 
 from memhook.capture.trace import Trace
 from memhook.capture.watching import attached, cannot_intervene
-from memhook.detection import Detection, detect
+from memhook.detection.stopping import StopRule
+from memhook.detection.verdict import Detection, detect
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError
 from memhook.guard_report import Guard, Repair
 from memhook.mitigation import Settings, mitigate_samples
 from memhook.plugins import find_adapter
-from memhook.stopping import StopRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from memhook.calibration import Calibration
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation
+    from memhook.detection.calibration import Calibration
     from memhook.hookspecs import Adapter
 
 Action = Literal["mitigate", "stop", "warn"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from memhook.capture.intervention import Intervention
     from memhook.capture.trace import Trace
-    from memhook.detection import Detection
+    from memhook.detection.verdict import Detection
     from memhook.optimization import OptimizedEmbedding
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from memhook.calibration import Calibration
+from memhook.detection.calibration import Calibration
 from memhook.errors import MemhookError
 from memhook.guard import guard
 from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt, clean, memorized

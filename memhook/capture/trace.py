@@ -31,7 +31,7 @@ class Trace:
     Attributes:
         host: The host that was watched, such as ``"diffusers"``.
         space: What the predictions are (``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``), the unit of the magnitudes.
-        setting: What a calibration must agree with, by field name; see `memhook.calibration`.
+        setting: What a calibration must agree with, by field name; see `memhook.detection.calibration`.
 
     >>> import torch, memhook
     >>> trace = memhook.Trace()

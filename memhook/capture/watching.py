@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from memhook.capture.prediction import Evaluation
-    from memhook.detection import Detection
+    from memhook.detection.verdict import Detection
     from memhook.hookspecs import Adapter
 
 # The watches that the current thread or task is inside of. A context variable, because a hook on a module sees the calls

@@ -76,7 +76,7 @@ def detect(
     """Say for each prompt whether the model seems to have memorized a picture for it."""
     from memhook.cli.detect import Decision, run_detect
     from memhook.cli.sampling import Sampling
-    from memhook.prompt_files import PromptRow, read_prompts
+    from memhook.detection.prompt_files import PromptRow, read_prompts
 
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either --prompt (once or more) or --prompts FILE")
@@ -105,7 +105,7 @@ def calibrate(
     """Make a calibration file from prompts known not to be memorized (99 or more for a false-positive rate of 1%)."""
     from memhook.cli.calibrate import run_calibrate
     from memhook.cli.sampling import Sampling
-    from memhook.prompt_files import read_prompts
+    from memhook.detection.prompt_files import read_prompts
 
     run_calibrate(read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out)
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.calibration import Calibration, calibrate
 from memhook.cli.progress import tracked
 from memhook.cli.sampling import IMAGES
 from memhook.cli.tables import console, print_table, shown
+from memhook.detection.calibration import Calibration, calibrate
+from memhook.detection.setting import brief
 from memhook.errors import CalibrationError
-from memhook.setting import brief
 
 if TYPE_CHECKING:
     from memhook.capture.trace import Trace
     from memhook.cli.sampling import Sampling
-    from memhook.prompt_files import PromptRow
+    from memhook.detection.prompt_files import PromptRow
 
 
 def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int | None, out: Path) -> None:

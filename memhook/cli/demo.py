@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.calibration import Calibration
 from memhook.capture.trace import per_prompt
 from memhook.cli.tables import console, number, print_table, shown, verdict
-from memhook.detection import detect
+from memhook.detection.calibration import Calibration
+from memhook.detection.verdict import detect
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from memhook.calibration import Calibration
 from memhook.capture.trace import per_prompt
 from memhook.cli.journal import Journal
 from memhook.cli.progress import tracked
 from memhook.cli.sampling import IMAGES, Sampling
 from memhook.cli.tables import console, number, print_table, shown, verdict
 from memhook.cli.verdicts import Verdict, check_format, json_lines, write_verdicts
-from memhook.detection import detect
-from memhook.discovery import PValueCounts
+from memhook.detection.calibration import Calibration
+from memhook.detection.discovery import PValueCounts
+from memhook.detection.verdict import detect
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:
-    from memhook.prompt_files import PromptRow
+    from memhook.detection.prompt_files import PromptRow
 
 _WITHOUT_CALIBRATION = 10  # evaluations to score where no calibration says how many
 _TABLE = 100  # prompts; longer lists go to a file

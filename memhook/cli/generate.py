@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from memhook.calibration import Calibration
 from memhook.capture.watching import watch
 from memhook.cli.tables import console
+from memhook.detection.calibration import Calibration
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.files import replace_file, write_text
 from memhook.guard import guard

@@ -17,8 +17,8 @@ from memhook.files import write_text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from memhook.calibration import Calibration
     from memhook.cli.demo import DemoPrompt
+    from memhook.detection.calibration import Calibration
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1d2327; --quiet: #5d6970; --line: #d9dfe3; --alarm: #c1440e; --calm: #2b6c8f; --paper: #fbfcfc; }

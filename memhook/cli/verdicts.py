@@ -14,7 +14,7 @@ from memhook.errors import MemhookError
 from memhook.files import csv_text, replace_file, write_text
 
 if TYPE_CHECKING:
-    from memhook.prompt_files import PromptRow
+    from memhook.detection.prompt_files import PromptRow
 
 FORMATS = (".jsonl", ".csv", ".parquet", ".txt")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.calibration import calibrate
+from memhook.detection.calibration import calibrate
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.files import replace_file
 from memhook.scores.stored import read_calibration_file

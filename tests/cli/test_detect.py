@@ -17,7 +17,7 @@ from memhook.cli.detect import Decision, discovered, run_detect
 from memhook.cli.journal import Journal
 from memhook.cli.sampling import Sampling
 from memhook.cli.verdicts import Verdict
-from memhook.prompt_files import PromptRow
+from memhook.detection.prompt_files import PromptRow
 
 PROMPTS = ["a pig on green wall art", "quiet rocket poster", "an owl, a lantern", "silver tree by Ada Marsh"]
 

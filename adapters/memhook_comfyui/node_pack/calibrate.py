@@ -6,7 +6,7 @@ import re
 from typing import Any, ClassVar
 
 import memhook
-from memhook.calibration import Calibration
+from memhook.detection.calibration import Calibration
 from memhook.errors import CalibrationError, MemhookError
 
 from .host import CATEGORY, check_interrupted, output_folder, progress

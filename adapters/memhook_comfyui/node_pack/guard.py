@@ -12,7 +12,7 @@ from .host import CATEGORY, comfy, patched, say
 from .runs import RUNS
 
 if TYPE_CHECKING:
-    from memhook.calibration import Calibration
+    from memhook.detection.calibration import Calibration
 
 
 class Guard:

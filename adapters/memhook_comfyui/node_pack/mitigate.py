@@ -15,7 +15,7 @@ from .host import CATEGORY, check_interrupted, progress
 from .sampling import Conditioning, probe, sampler_inputs
 
 if TYPE_CHECKING:
-    from memhook.calibration import Calibration
+    from memhook.detection.calibration import Calibration
 
 
 class Mitigate:

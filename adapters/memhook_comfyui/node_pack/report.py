@@ -14,7 +14,7 @@ from .pictures import lines
 from .runs import RUNS
 
 if TYPE_CHECKING:
-    from memhook.calibration import Calibration
+    from memhook.detection.calibration import Calibration
 
 _UNIT = {"flow": "the velocity", "eps": "the noise"}
 

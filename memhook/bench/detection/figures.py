@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memhook.calibration import calibrate
+from memhook.detection.calibration import calibrate
 from memhook.errors import CalibrationError
 from memhook.files import replace_file
 

@@ -19,9 +19,9 @@ from memhook.bench.written import put_in_page, read_page
 from memhook.cli.progress import tracked
 from memhook.cli.sampling import IMAGES
 from memhook.cli.tables import console, print_table
+from memhook.detection.prompt_files import read_prompts
 from memhook.errors import MemhookError
 from memhook.files import csv_text, write_text
-from memhook.prompt_files import read_prompts
 
 if TYPE_CHECKING:
     from memhook.cli.sampling import Sampling

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from memhook.calibration import calibrate
+from memhook.detection.calibration import calibrate
 from memhook.testbed.bundle import GUIDANCE_SCALE, STEPS, read_clean
 from memhook_diffusers.loading import load_pipeline
 from memhook_diffusers.prompts import run_prompts

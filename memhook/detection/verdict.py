@@ -10,8 +10,8 @@ import numpy as np
 from memhook.capture.trace import per_prompt, prompt_mean
 
 if TYPE_CHECKING:
-    from memhook.calibration import Calibration
     from memhook.capture.trace import Trace
+    from memhook.detection.calibration import Calibration
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memhook.detection.prompt_files import LONGEST, read_prompts
 from memhook.errors import MemhookError
-from memhook.prompt_files import LONGEST, read_prompts
 
 
 def read(tmp_path, name, data):

@@ -5,7 +5,7 @@ import torch
 
 import memhook
 from memhook import CalibrationError, CalibrationMismatchError, ModuleAdapter, calibrate, detect
-from memhook.setting import brief, differences, run_setting
+from memhook.detection.setting import brief, differences, run_setting
 from memhook.testing import sample, tiny_unet
 
 UNETS = {seed: tiny_unet(seed=seed) for seed in (0, 1)}

@@ -10,7 +10,7 @@ from scipy.stats import false_discovery_control
 
 import memhook
 from memhook import MemhookError
-from memhook.discovery import PValueCounts
+from memhook.detection.discovery import PValueCounts
 
 conformal = st.integers(1, 40).flatmap(lambda n: st.lists(st.integers(1, n + 1).map(lambda k: k / (n + 1)), min_size=1, max_size=60))
 

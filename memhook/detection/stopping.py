@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.calibration import Calibration
 from memhook.capture.trace import per_prompt, prompt_mean
-from memhook.detection import Detection
+from memhook.detection.calibration import Calibration
+from memhook.detection.verdict import Detection
 from memhook.errors import CalibrationError, MemhookError
 
 if TYPE_CHECKING:
