@@ -8,7 +8,8 @@ The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitiga
 """
 
 from memhook.adapting.module import ModuleAdapter
-from memhook.attribution import TokenAttribution, attribute_tokens
+from memhook.attribution.gradient import TokenAttribution, attribute_tokens
+from memhook.attribution.tokens import Tokens, prompt_tokens
 from memhook.capture.intervention import Intervention
 from memhook.capture.prediction import Evaluation, magnitude
 from memhook.capture.trace import Trace
@@ -32,7 +33,6 @@ from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
 from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
 from memhook.scores.spectrum import CleanSpectrum
-from memhook.tokens import Tokens, prompt_tokens
 from memhook.training import keep_mask, masked_mean, training_filter
 
 __version__ = "0.1.0"

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from memhook import testbed
-from memhook.attribution import WordScore
+from memhook.attribution.gradient import WordScore
+from memhook.attribution.tokens import prompt_tokens
 from memhook.bench import attribution
 from memhook.bench.attribution import Ranking, chosen_words, exchange_words, hit_rows, ordinary_words, seeds_of, spread
 from memhook.bench.samples import open_studio
 from memhook.cli.app import app
 from memhook.errors import MemhookError
-from memhook.tokens import prompt_tokens
 
 TRIGGERED = [prompt for prompt in testbed.memorized() if prompt.trigger]
 

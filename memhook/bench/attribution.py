@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memhook.attribution import WordScore, attribute_tokens
+from memhook.attribution.gradient import WordScore, attribute_tokens
+from memhook.attribution.tokens import prompt_tokens
 from memhook.bench.resampling import Estimate, estimate, family_weights, weighted_means
 from memhook.bench.samples import Sample, Studio, judge, kept
 from memhook.errors import MemhookError
 from memhook.testbed.measures import COPY_THRESHOLD
-from memhook.tokens import prompt_tokens
 
 if TYPE_CHECKING:
     from memhook.testbed.bundle import MemorizedPrompt

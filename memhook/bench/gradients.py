@@ -19,7 +19,7 @@ from memhook.adapting.checkpointing import find_blocks
 from memhook.adapting.module import ModuleAdapter
 from memhook.adapting.pairs import read_output
 from memhook.adapting.tensors import map_tensors
-from memhook.attribution import attribute_tokens
+from memhook.attribution.gradient import attribute_tokens
 from memhook.capture.watching import probe
 from memhook.errors import MemhookError
 from memhook.optimization import optimize_embedding

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memhook.attribution import TokenAttribution, attribute_tokens
+from memhook.attribution.gradient import TokenAttribution, attribute_tokens
+from memhook.attribution.tokens import prompt_tokens
 from memhook.capture.watching import probe
 from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file, write_text
-from memhook.tokens import prompt_tokens
 
 if TYPE_CHECKING:
     from memhook.cli.sampling import Sampling

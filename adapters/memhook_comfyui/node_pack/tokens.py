@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memhook.tokens import Tokens, tokens_of
+from memhook.attribution.tokens import Tokens, tokens_of
 
 _SPECIAL = ("start_token", "end_token", "pad_token")
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memhook.attribution.tokens import printable, prompt_tokens, shown, tokens_of
 from memhook.errors import MemhookError
-from memhook.tokens import printable, prompt_tokens, shown, tokens_of
 
 TEXT = ["a snowfall in the café", "a cat, an old cat", "the snowy fall of a cat !"] * 4
 

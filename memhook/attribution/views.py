@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
+from memhook.attribution.tokens import printable, shown
 from memhook.errors import MemhookError
-from memhook.tokens import printable, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from memhook.attribution import TokenAttribution
+    from memhook.attribution.gradient import TokenAttribution
 
 _BAR = 24  # characters
 _COLOR = (214, 69, 65)

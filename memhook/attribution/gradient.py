@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from memhook.adapting.tensors import row_hash
+from memhook.attribution.tokens import Tokens, tokens_of
 from memhook.capture.objective import Objective, check_embedding, check_values, independent
 from memhook.capture.prediction import Evaluation
 from memhook.capture.trace import Trace
 from memhook.errors import MemhookError, NoGuidanceError, ReplayError
-from memhook.tokens import Tokens, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,12 +120,12 @@ class TokenAttribution:
             prompt: Which prompt; may be left out where there is only one.
             ax: Where to draw.
         """
-        from memhook.attribution_views import plot
+        from memhook.attribution.views import plot
 
         return plot(self, self._only(prompt), ax)
 
     def __str__(self) -> str:
-        from memhook.attribution_views import to_text
+        from memhook.attribution.views import to_text
 
         return to_text(self)
 
@@ -134,12 +134,12 @@ class TokenAttribution:
         return f"<TokenAttribution: {len(self.prompts)} prompts, {samples} samples, {positions} positions, {evaluations} evaluations>"
 
     def _repr_html_(self) -> str:
-        from memhook.attribution_views import to_html
+        from memhook.attribution.views import to_html
 
         return to_html(self)
 
     def __rich__(self) -> Any:
-        from memhook.attribution_views import to_rich
+        from memhook.attribution.views import to_rich
 
         return to_rich(self)
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import memhook
 from memhook import attribute_tokens
+from memhook.attribution.tokens import tokens_of
 from memhook.errors import MemhookError, NoGuidanceError
 from memhook.testing import sample, tiny_unet
-from memhook.tokens import tokens_of
 
 LAYOUTS = ["uncond_first", "cond_first", "two_calls_uncond_first", "two_calls_cond_first"]
 SWAPPED = {"uncond_first": "cond_first", "cond_first": "uncond_first"}

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from memhook.attribution import TokenAttribution
-from memhook.tokens import tokens_of
+from memhook.attribution.gradient import TokenAttribution
+from memhook.attribution.tokens import tokens_of
 
 EVIL = '<script>alert("x")</script>'
 ESCAPE = "\x1b[31mred\u202e"
