@@ -28,10 +28,10 @@ from memhook.errors import (
     NoGuidanceError,
     ReplayError,
 )
-from memhook.guard import guard, mitigate
-from memhook.guard_report import Guard
 from memhook.hookspecs import hookimpl
-from memhook.optimization import OptimizedEmbedding, optimize_embedding, per_sample_target
+from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding, per_sample_target
+from memhook.mitigation.guard import guard, mitigate
+from memhook.mitigation.guard_report import Guard
 from memhook.scores.spectrum import CleanSpectrum
 from memhook.training import keep_mask, masked_mean, training_filter
 

@@ -22,7 +22,7 @@ from memhook.adapting.tensors import map_tensors
 from memhook.attribution.gradient import attribute_tokens
 from memhook.capture.watching import probe
 from memhook.errors import MemhookError
-from memhook.optimization import optimize_embedding
+from memhook.mitigation.embedding import optimize_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

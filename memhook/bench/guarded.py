@@ -12,7 +12,7 @@ import torch
 
 from memhook.detection.calibration import Calibration
 from memhook.errors import MemhookError
-from memhook.guard import guard
+from memhook.mitigation.guard import guard
 from memhook.testbed.bundle import GUIDANCE_SCALE, MemorizedPrompt, clean, memorized
 from memhook.testbed.study import IMAGES
 

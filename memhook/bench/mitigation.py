@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.baselines.token_addition import add_embedding_noise, add_random_numbers, add_random_tokens, repeat_words
 from memhook.bench.resampling import Estimate, estimate, family_weights, weighted_means
 from memhook.bench.samples import BATCH, Judged, Pictures, Sample, Studio, fresh_caption, judge, kept
 from memhook.capture.prediction import magnitude
 from memhook.errors import MemhookError
-from memhook.optimization import Optimizer, optimize_embedding
+from memhook.mitigation.embedding import Optimizer, optimize_embedding
+from memhook.mitigation.random_additions import add_embedding_noise, add_random_numbers, add_random_tokens, repeat_words
 from memhook.testbed.bundle import clean
 from memhook.testbed.measures import COPY_THRESHOLD
 

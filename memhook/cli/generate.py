@@ -13,12 +13,12 @@ from memhook.cli.tables import console
 from memhook.detection.calibration import Calibration
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.files import replace_file, write_text
-from memhook.guard import guard
+from memhook.mitigation.guard import guard
 
 if TYPE_CHECKING:
     from memhook.capture.trace import Trace
     from memhook.cli.sampling import Sampling
-    from memhook.guard_report import Guard
+    from memhook.mitigation.guard_report import Guard
 
 
 def run_generate(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.baselines.token_addition import add_random_tokens
 from memhook.errors import MemhookError
+from memhook.mitigation.random_additions import add_random_tokens
 from memhook.testbed.plan import fresh_pair
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 from memhook.capture.intervention import Intervention
 from memhook.capture.prediction import magnitude
 from memhook.errors import ReplayError
-from memhook.optimization import OptimizedEmbedding, optimize_embedding
+from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding
 
 if TYPE_CHECKING:
     from memhook.capture.prediction import Evaluation

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from memhook.capture.intervention import Intervention
     from memhook.capture.trace import Trace
     from memhook.detection.verdict import Detection
-    from memhook.optimization import OptimizedEmbedding
+    from memhook.mitigation.embedding import OptimizedEmbedding
 
 
 @dataclass(frozen=True, eq=False)

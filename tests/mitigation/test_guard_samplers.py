@@ -9,7 +9,7 @@ import torch
 
 import memhook
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.adapters.zoo import FAMILIES
 
 BATCHED = ["StableDiffusionPipeline", "StableDiffusionPipeline, guidance_rescale", "StableDiffusionXLPipeline"]

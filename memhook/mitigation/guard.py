@@ -15,8 +15,8 @@ from memhook.capture.watching import attached, cannot_intervene
 from memhook.detection.stopping import StopRule
 from memhook.detection.verdict import Detection, detect
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError
-from memhook.guard_report import Guard, Repair
-from memhook.mitigation import Settings, mitigate_samples
+from memhook.mitigation.guard_report import Guard, Repair
+from memhook.mitigation.in_flight import Settings, mitigate_samples
 from memhook.plugins import find_adapter
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Other embeddings and other prompts, beforehand or while a run goes on."""
