@@ -17,7 +17,7 @@ from memhook.bench.written import read_page
 from memhook.cli.app import app
 from memhook.cli.sampling import Sampling
 from memhook.errors import MemhookError
-from memhook.evaluation import roc_auc, tpr_at_fpr
+from memhook.evaluation.roc import roc_auc, tpr_at_fpr
 from memhook.scores.density import descriptor_density, pixel_density
 from memhook_diffusers.previews import clean_estimate, clean_estimates
 from memhook_diffusers.prompts import run_prompts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memhook.evaluation import Interval, draw_families
+from memhook.evaluation.roc import Interval, draw_families
 
 DRAWS = 2000
 

@@ -16,7 +16,7 @@ from memhook.bench.written import Shown, read_page, section_of, write_page, writ
 from memhook.capture.prediction import Evaluation, magnitude
 from memhook.cli.progress import tracked
 from memhook.errors import MemhookError
-from memhook.evaluation import evaluate
+from memhook.evaluation.roc import evaluate
 from memhook.scores.spectrum import SHRINKAGE, CleanSpectrum
 from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, clean, memorized
 

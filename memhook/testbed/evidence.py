@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memhook.evaluation import roc_auc
+from memhook.evaluation.roc import roc_auc
 from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, load_reader
 from memhook.testbed.measures import COPY_THRESHOLD, copy_similarities, copy_similarity
 from memhook.testbed.plan import SEED

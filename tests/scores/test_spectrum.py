@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import memhook
 from memhook import CalibrationError, CalibrationMismatchError, CleanSpectrum, Evaluation, MemhookError, NoGuidanceError, ReplayError
-from memhook.evaluation import roc_auc
+from memhook.evaluation.roc import roc_auc
 from memhook.testing import sample
 
 

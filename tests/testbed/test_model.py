@@ -8,7 +8,7 @@ import torch
 
 import memhook
 from memhook import testbed
-from memhook.evaluation import roc_auc
+from memhook.evaluation.roc import roc_auc
 from memhook.testbed.bundle import read_clean
 from memhook.testbed.evidence import to_tensor, training_pictures
 from memhook.testbed.measures import COPY_THRESHOLD, copy_similarities

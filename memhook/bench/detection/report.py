@@ -71,7 +71,7 @@ def _descriptor(options: Options, sampling: Sampling) -> tuple[Describe | None, 
     if options.descriptor is not None:
         from PIL import Image
 
-        from memhook.similarity import load_descriptor
+        from memhook.evaluation.similarity import load_descriptor
 
         network = load_descriptor(options.descriptor, device=sampling.device)
         digest = hashlib.sha256(options.descriptor.read_bytes()).hexdigest()[:12]

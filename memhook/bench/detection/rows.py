@@ -10,7 +10,7 @@ import numpy as np
 
 from memhook.bench.detection.sampled import Sampled, group_sizes, stages
 from memhook.errors import MemhookError
-from memhook.evaluation import Interval, evaluate, one_per_family
+from memhook.evaluation.roc import Interval, evaluate, one_per_family
 
 if TYPE_CHECKING:
     from memhook.bench.detection.timing import Seconds

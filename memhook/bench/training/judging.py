@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memhook.bench.training.finetune import Model, noised
 from memhook.capture.watching import watch
-from memhook.evaluation import roc_auc
+from memhook.evaluation.roc import roc_auc
 from memhook.testbed.bundle import GUIDANCE_SCALE, load_reader
 from memhook.testbed.measures import COPY_THRESHOLD, copy_similarity
 from memhook.testbed.scenes import draw

@@ -11,7 +11,7 @@ import torch
 
 from memhook.bench.training.finetune import Model, noised
 from memhook.bench.training.recipe import Data, Pair, Recipe
-from memhook.evaluation import roc_auc
+from memhook.evaluation.roc import roc_auc
 from memhook.testbed.plan import planted
 from memhook.training import training_filter
 

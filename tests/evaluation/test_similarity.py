@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from memhook.errors import MemhookError
-from memhook.similarity import Descriptor, image_similarity, load_clip, load_descriptor
+from memhook.evaluation.similarity import Descriptor, image_similarity, load_clip, load_descriptor
 
 
 def pictures(count, seed=0, size=(40, 24)):

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from memhook import MemhookError, evaluation
-from memhook.evaluation import roc_auc, tpr_at_fpr
+from memhook import MemhookError
+from memhook.evaluation import roc
+from memhook.evaluation.roc import roc_auc, tpr_at_fpr
 
 scores = st.lists(st.one_of(st.integers(0, 6).map(float), st.floats(-10, 10)), min_size=1, max_size=30)
 
@@ -68,7 +69,7 @@ def test_rates_are_rates(fpr):
 def test_figures_of_a_resample_are_those_of_the_repeated_scores(memorized, clean, fpr, seed):
     rng = np.random.default_rng(seed)
     drawn, drawn_clean = (rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=3) for x in (memorized, clean))
-    found = evaluation._weighted_figures(np.array(memorized), np.array(clean), drawn, drawn_clean, fpr)
+    found = roc._weighted_figures(np.array(memorized), np.array(clean), drawn, drawn_clean, fpr)
     for row, m, c in zip(found, drawn, drawn_clean, strict=True):
         repeated, repeated_clean = np.repeat(memorized, m), np.repeat(clean, c)
         assert row == pytest.approx([roc_auc(repeated, repeated_clean), tpr_at_fpr(repeated, repeated_clean, fpr=fpr)], abs=1e-12)
@@ -76,7 +77,7 @@ def test_figures_of_a_resample_are_those_of_the_repeated_scores(memorized, clean
 
 @given(scores, scores)
 def test_the_curve_is_that_of_scikit_learn_and_has_the_area(memorized, clean):
-    curve = evaluation.roc_curve(memorized, clean)
+    curve = roc.roc_curve(memorized, clean)
     assert metrics.auc(curve.fpr, curve.tpr) == pytest.approx(roc_auc(memorized, clean), abs=1e-12)
     for threshold, rate, hits in zip(curve.thresholds, curve.fpr, curve.tpr, strict=True):
         assert rate == pytest.approx(np.mean(np.array(clean) >= threshold))
@@ -87,7 +88,7 @@ def test_intervals_hold_the_true_auc_about_as_often_as_they_say():
     rng = np.random.default_rng(3)
     truth, held = 0.5 * (1 + math.erf(1 / 2)), 0  # P(N(1,1) > N(0,1)) = Phi(1 / sqrt 2)
     for number in range(100):
-        interval = evaluation.evaluate(rng.normal(1, 1, 60), rng.normal(0, 1, 80), resamples=300, seed=number, confidence=0.9).auc
+        interval = roc.evaluate(rng.normal(1, 1, 60), rng.normal(0, 1, 80), resamples=300, seed=number, confidence=0.9).auc
         held += interval.low <= truth <= interval.high
     assert 0.8 <= held / 100 <= 0.98
 
@@ -96,21 +97,21 @@ def test_near_duplicates_widen_the_interval():
     rng = np.random.default_rng(0)
     clean, originals = rng.normal(0, 1, 300), rng.normal(1, 1, 30)
     copies, families = np.repeat(originals, 10), np.repeat([str(i) for i in range(30)], 10)
-    blind = evaluation.evaluate(copies, clean).auc
-    aware = evaluation.evaluate(copies, clean, memorized_families=families).auc
+    blind = roc.evaluate(copies, clean).auc
+    aware = roc.evaluate(copies, clean, memorized_families=families).auc
     assert aware.value == blind.value
     assert aware.high - aware.low > 2 * (blind.high - blind.low)
-    assert evaluation.one_per_family(families).tolist() == list(range(0, 300, 10))
+    assert roc.one_per_family(families).tolist() == list(range(0, 300, 10))
 
 
 def test_several_tries_are_averaged():
     rng = np.random.default_rng(0)
     memorized, clean = rng.normal(1, 1, (4, 20)), rng.normal(0, 1, (4, 50))
-    found = evaluation.evaluate(memorized, clean, fpr=0.1)
+    found = roc.evaluate(memorized, clean, fpr=0.1)
     assert found.auc.value == pytest.approx(np.mean([roc_auc(m, c) for m, c in zip(memorized, clean, strict=True)]))
     assert found.tpr.low <= found.tpr.value <= found.tpr.high
     assert (found.memorized, found.clean) == (20, 50)
-    assert evaluation.evaluate(memorized, clean, fpr=0.1) == found  # the seed decides
+    assert roc.evaluate(memorized, clean, fpr=0.1) == found  # the seed decides
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,6 @@ def test_several_tries_are_averaged():
 )
 def test_what_cannot_be_resampled_says_why(arguments, message):
     with pytest.raises(MemhookError, match=message):
-        evaluation.evaluate([1.0, 2.0], [0.0, 1.0, 3.0], **arguments)
+        roc.evaluate([1.0, 2.0], [0.0, 1.0, 3.0], **arguments)
     with pytest.raises(MemhookError, match="as many tries of both"):
-        evaluation.evaluate([[1.0], [2.0]], [[1.0]])
+        roc.evaluate([[1.0], [2.0]], [[1.0]])
