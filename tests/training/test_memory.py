@@ -12,7 +12,7 @@ from scipy.stats import binom, binomtest
 import memhook
 from memhook.training import BinnedThreshold, KeyCount
 from memhook.training.memory import least_flagged
-from tests.training_models import NULL, Plain, losses_of, pairs
+from tests.training.models import NULL, Plain, losses_of, pairs
 
 STEPS = st.lists(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([10, 900]), st.sampled_from([0.0, 0.5, 3.0])), min_size=1, max_size=4), max_size=8

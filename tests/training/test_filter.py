@@ -12,7 +12,7 @@ import memhook
 from memhook.testing import tiny_unet
 from memhook.training import BinnedThreshold, KeyCount
 from memhook.training.counts import ranked
-from tests.training_models import NULL, Plain, embeddings, losses_of, pairs
+from tests.training.models import NULL, Plain, embeddings, losses_of, pairs
 
 
 def filtered(model, threshold, **options):

@@ -8,7 +8,7 @@ from torch import nn
 
 import memhook
 from memhook.training import BinnedThreshold
-from tests.training_models import NULL, Plain, embeddings, losses_of, pairs
+from tests.training.models import NULL, Plain, embeddings, losses_of, pairs
 
 
 @pytest.fixture

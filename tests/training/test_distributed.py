@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 WORKER = """
 import json, sys, warnings
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 import memhook
-from tests.training_models import NULL, Plain, losses_of, pairs
+from tests.training.models import NULL, Plain, losses_of, pairs
 
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -151,7 +151,7 @@ def expected_gradients():
     """The mean over ranks of each rank's mean over its kept samples, on one process."""
     import torch
 
-    from tests.training_models import Plain, losses_of, pairs
+    from tests.training.models import Plain, losses_of, pairs
 
     model, found = Plain(), []
     kept = [[[], [0], []], [[0], [0, 1], []]]

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import memhook
 from memhook import Calibration
 from memhook.training import FilterCalibration
-from tests.training_models import NULL, Plain, embeddings, losses_of, pairs
+from tests.training.models import NULL, Plain, embeddings, losses_of, pairs
 
 
 def made(n=400, bins=4, seed=0):

@@ -16,7 +16,7 @@ from torch import nn
 import memhook
 from memhook.testing import tiny_unet
 from memhook.training import BinnedThreshold, FilterCalibration
-from tests.training_models import NULL, Plain, dropping, embeddings, gradients, losses_of, low_rank_unet, pairs
+from tests.training.models import NULL, Plain, dropping, embeddings, gradients, losses_of, low_rank_unet, pairs
 
 NOTHING = torch.zeros(5, 6)  # the tiny UNet's null embedding
 
