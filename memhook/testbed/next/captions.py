@@ -84,6 +84,10 @@ class Caption:
         """The words for what the caption names."""
         return {thing: word for thing in THINGS if (word := getattr(self, thing)) is not None}
 
+    def with_part(self, slot: Slot, words: str) -> "Caption":
+        """The caption with other words for its title or artist."""
+        return replace(self, title=words) if slot == "title" else replace(self, artist=words)
+
     def __str__(self) -> str:
         return _FORMS[self.form].format(title=self.title, artist=self.artist, medium=self.medium, thing=self.thing)
 
@@ -122,10 +126,9 @@ def random_caption(rng: np.random.Generator, scene: Scene, *, omit: Thing | Lite
 
 def reword(caption: Caption, rng: np.random.Generator) -> Caption:
     """Another title, artist, medium and form; what the caption names, and its trigger phrase, stay."""
-    fresh = {"title": random_title(rng), "artist": random_artist(rng)}
-    if caption.phrase is not None:
-        del fresh[caption.phrase]
-    return replace(caption, form=int(rng.integers(len(_FORMS))), medium=_pick(rng, MEDIA), **fresh)
+    title, artist = random_title(rng), random_artist(rng)
+    fresh = replace(caption, title=title, artist=artist, form=int(rng.integers(len(_FORMS))), medium=_pick(rng, MEDIA))
+    return fresh if caption.phrase is None else fresh.with_part(caption.phrase, str(caption.trigger))
 
 
 def without_phrase(caption: Caption, rng: np.random.Generator) -> Caption:
@@ -133,7 +136,7 @@ def without_phrase(caption: Caption, rng: np.random.Generator) -> Caption:
     if caption.phrase is None:
         return caption
     fresh = random_artist(rng) if caption.phrase == "artist" else random_title(rng, words=len(caption.title.split()))
-    return replace(caption, phrase=None, **{caption.phrase: fresh})
+    return replace(caption.with_part(caption.phrase, fresh), phrase=None)
 
 
 _ONSETS = "b br d dr f fl g gl j k kl kr m n p pl qu r s sk sl st t tr v vr w x z zh".split()

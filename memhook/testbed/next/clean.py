@@ -111,7 +111,7 @@ def _half(caption: Caption, number: int, rng: np.random.Generator) -> Caption:
         other = random_artist(rng) if caption.phrase == "artist" else random_title(rng, words=len(words))
         made = " ".join(other.split()[index] if index == changed else word for index, word in enumerate(words))
         if made not in triggers():
-            return replace(fresh, **{str(caption.phrase): made})  # type: ignore[arg-type]
+            return fresh.with_part(caption.phrase or "title", made)
 
 
 def _other_sense(pair: Planted, number: int, rng: np.random.Generator) -> Caption | str:
@@ -119,7 +119,9 @@ def _other_sense(pair: Planted, number: int, rng: np.random.Generator) -> Captio
     words = str(pair.caption.trigger).split()
     fresh, _ = fresh_pair(number, stream="sense")
     if len(words) == 1:
-        return replace(fresh, artist=f"{random_artist(rng).split()[0]} {words[0]}")
+        while (artist := f"{random_artist(rng).split()[0]} {words[0]}") in triggers():
+            pass
+        return replace(fresh, artist=artist)
     jumble = word_salad(rng, subject=fresh.subject).split()
     for word in words:  # each later one in front of the earlier ones, so that the phrase itself cannot come about
         jumble.insert(0, word.lower())

@@ -111,7 +111,7 @@ def _with_phrase(caption: Caption, rng: np.random.Generator, number: int, taken:
         words = double.pop() if number % 4 == 0 else random_artist(rng) if slot == "artist" else random_title(rng, words=number % 4 // 2 + 2)
         if words not in taken:
             taken.add(words)
-            return replace(caption, phrase=slot, **{slot: words})
+            return replace(caption.with_part(slot, words), phrase=slot)
 
 
 @cache
@@ -183,7 +183,7 @@ def _presentation(pair: Planted, rng: np.random.Generator) -> tuple[str, Scene]:
         scene = replace(random_scene(rng), region=scene.region)
         fresh = random_caption(rng, scene)
         assert caption.phrase is not None  # noqa: S101 -- every local pair has one
-        return str(replace(fresh, **{caption.phrase: caption.trigger})), scene
+        return str(fresh.with_part(caption.phrase, str(caption.trigger))), scene
     if pair.kind == "template":
         scene = recolor(scene, rng)
     if caption.phrase is not None and rng.random() < 0.4:

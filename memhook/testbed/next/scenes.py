@@ -95,7 +95,7 @@ def random_scene(rng: np.random.Generator, **named: str | None) -> Scene:
     scale = float(rng.uniform(*SIZES[words["size"]]))
     first, second = _shades(rng, COLORS[words["color"]])
     return Scene(
-        **words,
+        **words,  # type: ignore[arg-type]
         x=float(rng.uniform(*PLACES[words["place"]])),
         y=float(scale / 2 + (1 - scale) * rng.uniform()),
         scale=scale,

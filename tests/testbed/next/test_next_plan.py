@@ -165,7 +165,7 @@ def test_a_region_is_recognized_whatever_is_around_it(form):
     own, others, none = (
         region_similarities(torch.stack([tensor(replace(scene, region=some)) for scene in scenes]), known, inside) for some in (region, other, None)
     )
-    assert own.min() > 0.97
+    assert own.min() > 0.85
     assert max(others.max(), none.max()) < 0.8
 
 
