@@ -7,33 +7,73 @@
 The method is that of Wen, Liu, Chen and Lyu, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models*, ICLR 2024.
 """
 
-from memhook.adapting.module import ModuleAdapter
-from memhook.attribution.gradient import TokenAttribution, attribute_tokens
-from memhook.attribution.tokens import Tokens, prompt_tokens
-from memhook.capture.intervention import Intervention
-from memhook.capture.prediction import Evaluation, magnitude
-from memhook.capture.trace import Trace
-from memhook.capture.watching import probe, watch
-from memhook.detection.calibration import Calibration, calibrate
-from memhook.detection.stopping import StopRule, stop_rule
-from memhook.detection.verdict import Detection, detect
-from memhook.errors import (
-    AmbiguousAdapterError,
-    CalibrationError,
-    CalibrationMismatchError,
-    GuidanceLayoutError,
-    MemhookError,
-    MemorizationDetectedError,
-    NoAdapterError,
-    NoGuidanceError,
-    ReplayError,
-)
-from memhook.hookspecs import hookimpl
-from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding, per_sample_target
-from memhook.mitigation.guard import guard, mitigate
-from memhook.mitigation.guard_report import Guard
-from memhook.scores.spectrum import CleanSpectrum
-from memhook.training import keep_mask, masked_mean, training_filter
+from typing import TYPE_CHECKING
+
+from memhook.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from memhook.adapting.module import ModuleAdapter
+    from memhook.attribution.gradient import TokenAttribution, attribute_tokens
+    from memhook.attribution.tokens import Tokens, prompt_tokens
+    from memhook.capture.intervention import Intervention
+    from memhook.capture.prediction import Evaluation, magnitude
+    from memhook.capture.trace import Trace
+    from memhook.capture.watching import probe, watch
+    from memhook.detection.calibration import Calibration, calibrate
+    from memhook.detection.stopping import StopRule, stop_rule
+    from memhook.detection.verdict import Detection, detect
+    from memhook.errors import (
+        AmbiguousAdapterError,
+        CalibrationError,
+        CalibrationMismatchError,
+        GuidanceLayoutError,
+        MemhookError,
+        MemorizationDetectedError,
+        NoAdapterError,
+        NoGuidanceError,
+        ReplayError,
+    )
+    from memhook.hookspecs import hookimpl
+    from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding, per_sample_target
+    from memhook.mitigation.guard import guard, mitigate
+    from memhook.mitigation.guard_report import Guard
+    from memhook.scores.spectrum import CleanSpectrum
+    from memhook.training.filter import training_filter
+    from memhook.training.masking import keep_mask, masked_mean
+else:  # nothing of torch until one of these is used
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "memhook.adapting.module": ["ModuleAdapter"],
+            "memhook.attribution.gradient": ["TokenAttribution", "attribute_tokens"],
+            "memhook.attribution.tokens": ["Tokens", "prompt_tokens"],
+            "memhook.capture.intervention": ["Intervention"],
+            "memhook.capture.prediction": ["Evaluation", "magnitude"],
+            "memhook.capture.trace": ["Trace"],
+            "memhook.capture.watching": ["probe", "watch"],
+            "memhook.detection.calibration": ["Calibration", "calibrate"],
+            "memhook.detection.stopping": ["StopRule", "stop_rule"],
+            "memhook.detection.verdict": ["Detection", "detect"],
+            "memhook.errors": [
+                "AmbiguousAdapterError",
+                "CalibrationError",
+                "CalibrationMismatchError",
+                "GuidanceLayoutError",
+                "MemhookError",
+                "MemorizationDetectedError",
+                "NoAdapterError",
+                "NoGuidanceError",
+                "ReplayError",
+            ],
+            "memhook.hookspecs": ["hookimpl"],
+            "memhook.mitigation.embedding": ["OptimizedEmbedding", "optimize_embedding", "per_sample_target"],
+            "memhook.mitigation.guard": ["guard", "mitigate"],
+            "memhook.mitigation.guard_report": ["Guard"],
+            "memhook.scores.spectrum": ["CleanSpectrum"],
+            "memhook.training.filter": ["training_filter"],
+            "memhook.training.masking": ["keep_mask", "masked_mean"],
+        },
+    )
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,10 @@
 """What is shipped: adapters, names, and an import that stays light."""
 
+import ast
+import importlib
 import importlib.metadata
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -90,8 +93,7 @@ def imported(statement):
 
 def test_importing_memhook_is_light():
     loaded = imported("import memhook")
-    assert "torch" in loaded
-    assert loaded.isdisjoint(HEAVY)
+    assert loaded.isdisjoint({*HEAVY, "torch", "numpy"})
     assert not {name for name in loaded if name.startswith("memhook_")}  # adapters are found when they are needed
 
 
@@ -109,3 +111,80 @@ def test_watching_a_module_imports_no_extra():
         "memhook.detect(trace, memhook.calibrate(range(99)))"
     )
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_names_are_found_where_type_checkers_are_told_to_look():
+    """The table of the lazy names and the imports beside it are one list, written twice."""
+    tree = ast.parse(Path(memhook.__file__).read_text())
+    (told,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in told.body for alias in node.names}
+    assert sorted(seen) == sorted(memhook.__all__)
+    assert {name: getattr(memhook, name) for name in seen} == {name: getattr(importlib.import_module(seen[name]), name) for name in seen}
+
+
+def test_no_submodule_takes_the_place_of_a_public_name():
+    """An import of `memhook.x` sets the attribute x of `memhook`, which must not be the function of that name."""
+    code = (
+        "import importlib, inspect, json, pkgutil, memhook\n"
+        "rooms = ['memhook'] + ['memhook.' + m.name for m in pkgutil.iter_modules(memhook.__path__) if m.ispkg]\n"
+        "for module in list(pkgutil.walk_packages(memhook.__path__, 'memhook.')):\n"
+        "    module.name.endswith('__main__') or importlib.import_module(module.name)\n"
+        "rooms = [importlib.import_module(name) for name in rooms]\n"
+        "public = [(room.__name__, name, getattr(room, name)) for room in rooms for name in getattr(room, '__all__', [])]\n"
+        "print(json.dumps([len(public), [[room, name] for room, name, value in public if inspect.ismodule(value)]]))"
+    )
+    count, hidden = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert count > 60
+    assert hidden == []
+
+
+@pytest.mark.parametrize("name", ["baselines", "evaluation", "similarity", "testbed", "testing", "training"])
+def test_a_part_that_documents_name_is_an_attribute(name):
+    code = f"import memhook; assert memhook.{name}.__name__ == 'memhook.{name}'; assert {name!r} in dir(memhook)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_star_imports_every_public_name():
+    names = {}
+    exec("from memhook import *", names)  # noqa: S102
+    assert set(memhook.__all__) <= set(names)
+
+
+def test_a_misspelt_name_is_an_error_that_names_it():
+    with pytest.raises(AttributeError, match="module 'memhook' has no attribute 'wacth'"):
+        memhook.wacth  # noqa: B018
+
+
+def test_values_survive_pickling():
+    for value in (memhook.Trace, memhook.watch, memhook.NoGuidanceError):
+        assert pickle.loads(pickle.dumps(value)) is value  # noqa: S301
+
+
+def command_lines(command, words=()):
+    """Every command and group below one."""
+    yield words
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from command_lines(inner, (*words, name))
+
+
+def test_help_and_version_import_no_work():
+    """Of every command: only what a command does needs torch, not what it is called and which options it has."""
+    from typer.main import get_command
+
+    from memhook.cli.app import app
+
+    lines = [[*words, "--help"] for words in command_lines(get_command(app))]
+    assert len(lines) > 15
+    code = (
+        "import contextlib, io, json, sys\nfrom memhook.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['memhook', *words]\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    assert 'Usage' in shown.getvalue() or memhook_version in shown.getvalue(), words\n"
+        "    found = {'torch', 'numpy', 'transformers', 'diffusers', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "    assert not found, (words, found)\n"
+    )
+    code = f"memhook_version = {memhook.__version__!r}\n" + code
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([["--version"], *lines])], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

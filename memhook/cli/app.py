@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from memhook import __version__
 from memhook.cli.bench_app import bench_app
 from memhook.cli.options import BatchSize, Device, Dtype, GuidanceScale, Model, Seed, Steps
 
@@ -21,6 +22,19 @@ calibration_app = typer.Typer(no_args_is_help=True, help="Calibration files.")
 app.add_typer(calibration_app, name="calibration")
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(bench_app, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memhook {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Options of the command itself; its help is that of `app`."""
 
 
 class Action(str, Enum):
