@@ -9,10 +9,10 @@ from typing import Any
 from memhook.bench.attribution import ChangeRow, HitRow, change_rows, hit_rows, rank_words, spread
 from memhook.bench.samples import open_studio
 from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
-from memhook.cli.progress import tracked
-from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
+from memhook.report.progress import tracked
+from memhook.report.tables import console
 from memhook.testbed.bundle import GUIDANCE_SCALE, memorized
 
 REPLACEMENT = (

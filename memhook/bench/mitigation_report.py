@@ -28,10 +28,10 @@ from memhook.bench.mitigation import (
 )
 from memhook.bench.samples import Sample, open_studio
 from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
-from memhook.cli.progress import tracked
-from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file
+from memhook.report.progress import tracked
+from memhook.report.tables import console
 from memhook.testbed.bundle import memorized
 
 _LOOKS = {

@@ -14,9 +14,9 @@ from memhook.bench.resampling import Estimate
 from memhook.bench.samples import BATCH, Studio, open_studio
 from memhook.bench.written import Shown, read_page, section_of, write_page, write_rows
 from memhook.capture.prediction import Evaluation, magnitude
-from memhook.cli.progress import tracked
 from memhook.errors import MemhookError
 from memhook.evaluation.roc import evaluate
+from memhook.report.progress import tracked
 from memhook.scores.spectrum import SHRINKAGE, CleanSpectrum
 from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, clean, memorized
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memhook.cli.tables import print_table
 from memhook.errors import MemhookError
 from memhook.files import csv_text, write_text
+from memhook.report.tables import console, print_table
 
 
 def flat(row: Any) -> dict[str, Any]:
@@ -44,8 +44,6 @@ class Shown:
 
     def text(self, text: str) -> None:
         """Print a paragraph."""
-        from memhook.cli.tables import console
-
         console.print(text, highlight=False, markup=False)
         self._parts.append(text)
 

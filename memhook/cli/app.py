@@ -88,8 +88,8 @@ def detect(
     batch_size: BatchSize = 8,
 ) -> None:
     """Say for each prompt whether the model seems to have memorized a picture for it."""
+    from memhook.bench.sampling import Sampling
     from memhook.cli.detect import Decision, run_detect
-    from memhook.cli.sampling import Sampling
     from memhook.detection.prompt_files import PromptRow, read_prompts
 
     if (prompt is None) == (prompts is None):
@@ -117,8 +117,8 @@ def calibrate(
     batch_size: BatchSize = 8,
 ) -> None:
     """Make a calibration file from prompts known not to be memorized (99 or more for a false-positive rate of 1%)."""
+    from memhook.bench.sampling import Sampling
     from memhook.cli.calibrate import run_calibrate
-    from memhook.cli.sampling import Sampling
     from memhook.detection.prompt_files import read_prompts
 
     run_calibrate(read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out)
@@ -146,8 +146,8 @@ def attribute(
     seed: Seed = 0,
 ) -> None:
     """Score the words of a prompt by how strongly they drive the text-conditional prediction."""
+    from memhook.bench.sampling import Sampling
     from memhook.cli.attribute import run_attribute
-    from memhook.cli.sampling import Sampling
 
     run_attribute(prompt, Sampling(model, images, steps, guidance_scale, device, dtype, seed, 1), evaluations=evaluations, out=out)
 
@@ -170,8 +170,8 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Generate the same seeds without and with a guard, side by side."""
+    from memhook.bench.sampling import Sampling
     from memhook.cli.generate import run_generate
-    from memhook.cli.sampling import Sampling
 
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, 1)
     status = run_generate(prompt, sampling, calibration=calibration, action=action.value, fpr=fpr, decide_after=decide_after, target=target, out=out)
@@ -181,7 +181,7 @@ def generate(
 @app.command()
 def adapters() -> None:
     """List the installed adapters, where they come from, and whether they are in use."""
-    from memhook.cli.tables import print_adapters
+    from memhook.cli.adapters import print_adapters
 
     print_adapters()
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from memhook.attribution.gradient import TokenAttribution, attribute_tokens
 from memhook.attribution.tokens import prompt_tokens
 from memhook.capture.watching import probe
-from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import replace_file, write_text
+from memhook.report.tables import console
 
 if TYPE_CHECKING:
-    from memhook.cli.sampling import Sampling
+    from memhook.bench.sampling import Sampling
 
 _ENDINGS = (".html", ".png", ".json")
 

@@ -9,8 +9,8 @@ import torch
 from memhook.bench.capture import capture_rows, random_pipeline
 from memhook.bench.gradients import GOALS, gradient_costs, ratios
 from memhook.bench.written import Shown, read_page, write_page
-from memhook.cli.tables import console
 from memhook.errors import MemhookError
+from memhook.report.tables import console
 
 
 def run_capture_bench(*, rounds: int, images: int, steps: int, large: bool, device: str, page: Path | None = None) -> None:

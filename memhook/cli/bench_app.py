@@ -35,7 +35,7 @@ def bench_detection(
 ) -> None:
     """The paper's Table 1: magnitude and density baselines on known prompts (bundled model: about 15 minutes on 2 cores)."""
     from memhook.bench.detection.report import Options, run_detection_bench
-    from memhook.cli.sampling import Sampling
+    from memhook.bench.sampling import Sampling
 
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
     options = Options(work, memorized, clean, per_source, descriptor, timed, out, page)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.cli.progress import tracked
-from memhook.cli.sampling import IMAGES
-from memhook.cli.tables import console, print_table, shown
+from memhook.bench.sampling import IMAGES
 from memhook.detection.calibration import Calibration, calibrate
 from memhook.detection.setting import brief
 from memhook.errors import CalibrationError
+from memhook.report.progress import tracked
+from memhook.report.tables import console, print_table, shown
 
 if TYPE_CHECKING:
+    from memhook.bench.sampling import Sampling
     from memhook.capture.trace import Trace
-    from memhook.cli.sampling import Sampling
     from memhook.detection.prompt_files import PromptRow
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memhook.capture.trace import per_prompt
-from memhook.cli.tables import console, number, print_table, shown, verdict
 from memhook.detection.calibration import Calibration
 from memhook.detection.verdict import detect
+from memhook.report.tables import console, number, print_table, shown, verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
+from memhook.bench.sampling import IMAGES, Sampling
 from memhook.capture.trace import per_prompt
 from memhook.cli.journal import Journal
-from memhook.cli.progress import tracked
-from memhook.cli.sampling import IMAGES, Sampling
-from memhook.cli.tables import console, number, print_table, shown, verdict
 from memhook.cli.verdicts import Verdict, check_format, json_lines, write_verdicts
 from memhook.detection.calibration import Calibration
 from memhook.detection.discovery import PValueCounts
 from memhook.detection.verdict import detect
 from memhook.errors import MemhookError
+from memhook.report.progress import tracked
+from memhook.report.tables import console, number, print_table, shown, verdict
 
 if TYPE_CHECKING:
     from memhook.detection.prompt_files import PromptRow

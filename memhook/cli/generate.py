@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from memhook.capture.watching import watch
-from memhook.cli.tables import console
 from memhook.detection.calibration import Calibration
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.files import replace_file, write_text
 from memhook.mitigation.guard import guard
+from memhook.report.tables import console
 
 if TYPE_CHECKING:
+    from memhook.bench.sampling import Sampling
     from memhook.capture.trace import Trace
-    from memhook.cli.sampling import Sampling
     from memhook.mitigation.guard_report import Guard
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memhook.cli.tables import console
 from memhook.files import replace_file, write_text
+from memhook.report.tables import console
 from memhook.testbed.bundle import CleanPrompt, MemorizedPrompt, model_path
 from memhook.testbed.evidence import PromptEvidence, Validation, gather, validate_measures
 from memhook.testbed.measures import COPY_THRESHOLD

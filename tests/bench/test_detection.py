@@ -13,9 +13,9 @@ from memhook.bench.detection.report import Options, markdown, run_detection_benc
 from memhook.bench.detection.rows import detection_rows
 from memhook.bench.detection.sampled import Labeled, Sampled, densities, early_steps, group_sizes
 from memhook.bench.detection.timing import Seconds
+from memhook.bench.sampling import Sampling
 from memhook.bench.written import read_page
 from memhook.cli.app import app
-from memhook.cli.sampling import Sampling
 from memhook.errors import MemhookError
 from memhook.evaluation.roc import roc_auc, tpr_at_fpr
 from memhook.scores.density import descriptor_density, pixel_density

@@ -11,11 +11,11 @@ from scipy.stats import false_discovery_control
 from typer.testing import CliRunner
 
 from memhook import Calibration, CalibrationError, MemhookError, testbed
+from memhook.bench.sampling import Sampling
 from memhook.cli import detect as command
 from memhook.cli.app import app
 from memhook.cli.detect import Decision, discovered, run_detect
 from memhook.cli.journal import Journal
-from memhook.cli.sampling import Sampling
 from memhook.cli.verdicts import Verdict
 from memhook.detection.prompt_files import PromptRow
 

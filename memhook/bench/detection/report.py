@@ -15,16 +15,16 @@ import torch
 from memhook.bench.detection.rows import DETECTORS, DetectionRow, detection_rows
 from memhook.bench.detection.sampled import Describe, Labeled, Sampled, bundled, of_study, sample
 from memhook.bench.detection.timing import time_detectors
+from memhook.bench.sampling import IMAGES
 from memhook.bench.written import put_in_page, read_page
-from memhook.cli.progress import tracked
-from memhook.cli.sampling import IMAGES
-from memhook.cli.tables import console, print_table
 from memhook.detection.prompt_files import read_prompts
 from memhook.errors import MemhookError
 from memhook.files import csv_text, write_text
+from memhook.report.progress import tracked
+from memhook.report.tables import console, print_table
 
 if TYPE_CHECKING:
-    from memhook.cli.sampling import Sampling
+    from memhook.bench.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from memhook.scores.density import descriptor_density, pixel_density
 from memhook.testbed.bundle import MemorizedPrompt
 
 if TYPE_CHECKING:
-    from memhook.cli.sampling import Sampling
+    from memhook.bench.sampling import Sampling
     from memhook.testbed.bundle import CleanPrompt
     from memhook.testbed.study import Study
 

@@ -15,7 +15,7 @@ from memhook.bench.detection.sampled import Describe, early_steps, group_sizes, 
 from memhook.scores.density import descriptor_density, pixel_density
 
 if TYPE_CHECKING:
-    from memhook.cli.sampling import Sampling
+    from memhook.bench.sampling import Sampling
 
 
 @dataclass(frozen=True)

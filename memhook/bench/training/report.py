@@ -14,10 +14,10 @@ from memhook.bench.training.judging import Judgment
 from memhook.bench.training.recipe import Recipe, ways
 from memhook.bench.training.runs import Results, run_all
 from memhook.bench.written import Shown, read_page, write_page
-from memhook.cli.progress import tracked
-from memhook.cli.tables import console
 from memhook.errors import MemhookError
 from memhook.files import csv_text, replace_file, write_text
+from memhook.report.progress import tracked
+from memhook.report.tables import console
 
 if TYPE_CHECKING:
     from memhook.bench.training.signal import Signal

@@ -1,4 +1,4 @@
-"""What commands print, as tables; text from outside is shown without its control characters."""
+"""What commands and benchmarks print, as tables; text from outside is shown without its control characters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from memhook.plugins import plugin_states
 
 console = Console()
 
@@ -40,20 +38,3 @@ def print_table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[S
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def print_adapters() -> None:
-    """List adapter plugins with origin and state."""
-    rows = [
-        (
-            shown(state.name),
-            shown(state.origin),
-            shown(state.module),
-            Text("in use", style="green") if state.problem is None else shown(f"left out: {state.problem}"),
-        )
-        for state in plugin_states()
-    ]
-    rows.append(
-        (Text("module"), Text("memhook itself"), Text("memhook.ModuleAdapter"), Text("pass it: watch(unet, adapter=ModuleAdapter(unet, ...))"))
-    )
-    print_table("Adapters", [("name", ""), ("from", ""), ("module", ""), ("state", "")], rows)

@@ -1,4 +1,4 @@
-"""How prompts are run by a command: the model and everything that a calibration depends on."""
+"""How a benchmark or a command runs prompts: the model and everything that a calibration depends on."""
 
 from __future__ import annotations
 
