@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from memhook.capture.trace import Trace
-    from memhook.detection.verdict import Detection
+    import numpy as np
+
+
+class Recorded(Protocol):
+    """What an error says of a `memhook.Trace`."""
+
+    @property
+    def magnitudes(self) -> np.ndarray:
+        """``(s, b)``: magnitudes of each evaluation."""
+
+    @property
+    def groups(self) -> np.ndarray:
+        """``(b,)``: to which prompt each sample belongs."""
+
+    def score(self, *, first: int | None = None) -> np.ndarray:
+        """``(b,)``: mean magnitude of the first so many evaluations."""
+
+    def __len__(self) -> int: ...
+
+
+class Verdict(Protocol):
+    """What an error says of a `memhook.Detection`."""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """``(p,)``."""
+
+    @property
+    def p_values(self) -> np.ndarray:
+        """``(p,)``."""
+
+    @property
+    def memorized(self) -> np.ndarray:
+        """``(p,)`` bool."""
+
+    @property
+    def undecided(self) -> np.ndarray:
+        """``(p,)`` bool."""
 
 
 class MemhookError(Exception):
@@ -45,11 +81,11 @@ class MemorizationDetectedError(MemhookError):
     """A run was stopped because its prompt looks memorized; carries the evidence.
 
     Attributes:
-        trace: What was recorded up to the stop.
-        detection: The decision that stopped the run.
+        trace: What was recorded up to the stop, a `memhook.Trace`.
+        detection: The decision that stopped the run, a `memhook.Detection`.
     """
 
-    def __init__(self, message: str, *, trace: Trace, detection: Detection) -> None:
+    def __init__(self, message: str, *, trace: Recorded, detection: Verdict) -> None:
         super().__init__(message)
         self.trace = trace
         self.detection = detection

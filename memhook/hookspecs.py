@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation
-    from memhook.capture.trace import Row
+    from memhook.capture.rows import Row
 
 PROJECT = "memhook"  # also the entry-point group
 

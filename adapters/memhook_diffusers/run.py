@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memhook.adapting.hooks import hook_arguments
 from memhook.adapting.pairs import PairRecorder, Prediction, find_timestep
-from memhook.capture.intervention import Substitution
+from memhook.adapting.substitution import Substitution
 from memhook.capture.trace import Row
 from memhook_diffusers.calls import Call, Conditioning, make_call
 from memhook_diffusers.layout import Layout, Numbers, Reading

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
 from memhook.adapting.pairs import read_output
-from memhook.adapting.replay import unrecorded
+from memhook.adapting.substitution import replace_prediction
 from memhook.adapting.tensors import version
-from memhook.capture.intervention import replace_prediction
 from memhook.capture.prediction import Evaluation
 from memhook.capture.trace import Row
+from memhook.capture.unrecorded import unrecorded
 from memhook.errors import GuidanceLayoutError
 from memhook_kdiffusion.calls import Call, find_declared, find_embedding, read_call
 from memhook_kdiffusion.conditioning import Names, Part, guidance_scale, read_conditioning

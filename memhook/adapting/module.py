@@ -15,8 +15,8 @@ from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
 from memhook.adapting.module_calls import Layout, Moment, Plan, held, read_layout
 from memhook.adapting.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.adapting.replay import look_up
+from memhook.adapting.substitution import Substitution, replace_prediction
 from memhook.adapting.whole_batch import RowsOrWhole
-from memhook.capture.intervention import Intervention, Substitution, replace_prediction
 from memhook.capture.prediction import SPACES, Space
 from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError, MemhookError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from memhook.adapting.replay import Path
+    from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation
     from memhook.hookspecs import Watcher
 

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,21 +13,15 @@ from torch import Tensor, nn
 
 from memhook.adapting.checkpointing import checkpointed
 from memhook.adapting.tensors import copy_of, like, map_tensors, take_rows
+from memhook.capture.unrecorded import unrecorded
 from memhook.errors import ReplayError
 
 Path = tuple[int | str, ...]
 """Where an argument stands: a position or a keyword, then keys into nested dicts and lists."""
 
-_replaying: ContextVar[bool] = ContextVar("memhook_replaying", default=False)
-
 # Relative difference between a replayed and the captured prediction that rounding may cause: the replay runs the
 # conditional rows alone, and other batch sizes take other kernels.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-def replaying() -> bool:
-    """Whether the current thread is inside a replay, whose calls no watch may record."""
-    return _replaying.get()
 
 
 def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
@@ -142,16 +135,6 @@ class Replay:
                 "call model.eval() and replay inside the watch"
             )
         self._checked.append(True)
-
-
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """Calls inside the block are recorded by no watch."""
-    token = _replaying.set(True)
-    try:
-        yield
-    finally:
-        _replaying.reset(token)
 
 
 @contextlib.contextmanager

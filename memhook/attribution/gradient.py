@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memhook.adapting.tensors import row_hash
-from memhook.attribution.tokens import Tokens, tokens_of
+from memhook.attribution.tokens import Tokens, WordScore, tokens_of
 from memhook.capture.objective import Objective, check_embedding, check_values, independent
 from memhook.capture.prediction import Evaluation
 from memhook.capture.trace import Trace
@@ -21,15 +21,6 @@ from memhook.errors import MemhookError, NoGuidanceError, ReplayError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-@dataclass(frozen=True)
-class WordScore:
-    """A word, the norm of the magnitude's gradient with respect to all of its tokens, and their positions."""
-
-    text: str
-    score: float
-    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)

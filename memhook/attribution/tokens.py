@@ -29,6 +29,15 @@ class Word:
 
 
 @dataclass(frozen=True)
+class WordScore:
+    """A word, the norm of the magnitude's gradient with respect to all of its tokens, and their positions."""
+
+    text: str
+    score: float
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tokens:
     """One prompt's tokens, an entry for each of the ``l`` positions of its embedding.
 

@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from memhook.attribution.tokens import printable, shown
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
-    from memhook.attribution.gradient import TokenAttribution
+    from memhook.attribution.tokens import Tokens, WordScore
+
+
+class Attributed(Protocol):
+    """What is shown of a `memhook.TokenAttribution`, or of any other way of scoring words."""
+
+    @property
+    def gradients(self) -> np.ndarray:
+        """``(s, b, l)``; its length is the number of evaluations."""
+
+    @property
+    def groups(self) -> np.ndarray:
+        """``(b,)``: to which prompt each sample belongs."""
+
+    @property
+    def prompts(self) -> tuple[Tokens, ...]:
+        """Each prompt's tokens."""
+
+    @property
+    def prompt_scores(self) -> np.ndarray:
+        """``(p, l)``."""
+
+    @property
+    def words(self) -> tuple[tuple[WordScore, ...], ...]:
+        """Each prompt's words with their scores."""
+
 
 _BAR = 24  # characters
 _COLOR = (214, 69, 65)
 _CELL = "display:inline-block;margin:2px;padding:2px 5px;border-radius:4px;text-align:center"
 
 
-def _title(attribution: TokenAttribution, prompt: int) -> str:
+def _title(attribution: Attributed, prompt: int) -> str:
     samples = int((attribution.groups == prompt).sum())
     evaluations = len(attribution.gradients)
     text = attribution.prompts[prompt].prompt or f"prompt {prompt}"
     return f"{printable(text)} ({samples} sample{'s' * (samples != 1)}, {evaluations} evaluation{'s' * (evaluations != 1)})"
 
 
-def _rows(attribution: TokenAttribution, prompt: int) -> list[tuple[str, float, float]]:
+def _rows(attribution: Attributed, prompt: int) -> list[tuple[str, float, float]]:
     """Text, score, and score relative to the highest, of each word."""
     words = attribution.words[prompt]
     highest = max((word.score for word in words), default=0.0) or 1.0
     return [(printable(word.text), word.score, word.score / highest) for word in words]
 
 
-def _special_rows(attribution: TokenAttribution, prompt: int) -> list[tuple[int, str, float]]:
+def _special_rows(attribution: Attributed, prompt: int) -> list[tuple[int, str, float]]:
     tokens = attribution.prompts[prompt]
     scores = attribution.prompt_scores[prompt]
     positions = [position for position, special in enumerate(tokens.special) if special]
     return [(position, printable(shown(tokens.pieces[position])), float(scores[position])) for position in positions]
 
 
-def to_html(attribution: TokenAttribution) -> str:
+def to_html(attribution: Attributed) -> str:
     """One block a prompt: words with their score below and a shade behind, special positions folded away. No script, no outside style."""
     red, green, blue = _COLOR
     blocks = []
@@ -57,12 +83,12 @@ def to_html(attribution: TokenAttribution) -> str:
     return f'<div class="memhook-attribution">{"".join(blocks)}</div>'
 
 
-def _cut_off_html(attribution: TokenAttribution, prompt: int) -> str:
+def _cut_off_html(attribution: Attributed, prompt: int) -> str:
     cut_off = attribution.prompts[prompt].cut_off
     return f"<div>cut off by the encoder: <s>{html.escape(printable(cut_off))}</s></div>" if cut_off else ""
 
 
-def to_text(attribution: TokenAttribution) -> str:
+def to_text(attribution: Attributed) -> str:
     """One table a prompt in plain text: score, bar, word; special positions in one line."""
     lines = []
     for prompt in range(len(attribution.prompts)):
@@ -72,14 +98,14 @@ def to_text(attribution: TokenAttribution) -> str:
     return "\n".join(lines)
 
 
-def _footnotes(attribution: TokenAttribution, prompt: int) -> list[str]:
+def _footnotes(attribution: Attributed, prompt: int) -> list[str]:
     special = _special_rows(attribution, prompt)
     cut_off = attribution.prompts[prompt].cut_off
     notes = [f"start, end and padding: {len(special)} positions, highest score {max(score for *_, score in special):.3g}"] if special else []
     return [*notes, f"cut off by the encoder: {printable(cut_off)}"] if cut_off else notes
 
 
-def to_rich(attribution: TokenAttribution) -> Any:
+def to_rich(attribution: Attributed) -> Any:
     """One colored table a prompt, for ``rich.print`` (the extra ``cli``)."""
     try:
         from rich.console import Group
@@ -102,7 +128,7 @@ def to_rich(attribution: TokenAttribution) -> Any:
     return Group(*tables)
 
 
-def plot(attribution: TokenAttribution, prompt: int, ax: Axes | None) -> Axes:
+def plot(attribution: Attributed, prompt: int, ax: Axes | None) -> Axes:
     """A bar for each word of a prompt."""
     try:
         from matplotlib import pyplot as plt

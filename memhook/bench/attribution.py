@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memhook.attribution.gradient import WordScore, attribute_tokens
-from memhook.attribution.tokens import prompt_tokens
+from memhook.attribution.gradient import attribute_tokens
+from memhook.attribution.tokens import WordScore, prompt_tokens
 from memhook.bench.resampling import Estimate, estimate, family_weights, weighted_means
 from memhook.bench.samples import Sample, Studio, judge, kept
 from memhook.errors import MemhookError

@@ -7,9 +7,9 @@ import itertools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
-from memhook.adapting.replay import replaying
 from memhook.capture.intervention import Intervention
 from memhook.capture.trace import Row, Trace
+from memhook.capture.unrecorded import replaying
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.plugins import find_adapter
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from memhook.capture.prediction import Evaluation
-    from memhook.detection.verdict import Detection
+    from memhook.errors import Verdict
     from memhook.hookspecs import Adapter
 
 # The watches that the current thread or task is inside of. A context variable, because a hook on a module sees the calls
@@ -35,7 +35,7 @@ class _Watcher:
         *,
         wants_evaluations: Callable[[], bool],
         on_evaluation: Callable[[Evaluation], Intervention | None] | None,
-        stop_when: Callable[[Trace], Detection | None] | None,
+        stop_when: Callable[[Trace], Verdict | None] | None,
         may_intervene: bool,
     ) -> None:
         self.number = next(_numbers)
@@ -83,7 +83,7 @@ def attached(
     *,
     wants_evaluations: Callable[[], bool],
     on_evaluation: Callable[[Evaluation], Intervention | None] | None,
-    stop_when: Callable[[Trace], Detection | None] | None = None,
+    stop_when: Callable[[Trace], Verdict | None] | None = None,
 ) -> Iterator[None]:
     """Fill ``trace`` while the block runs; what `watch` and `memhook.guard` share."""
     watcher = _Watcher(
@@ -108,7 +108,7 @@ def watch(
     adapter: Adapter | None = None,
     keep: Literal["scalars", "calls"] = "scalars",
     on_evaluation: Callable[[Evaluation], Intervention | None] | None = None,
-    stop_when: Callable[[Trace], Detection | None] | None = None,
+    stop_when: Callable[[Trace], Verdict | None] | None = None,
 ) -> Iterator[Trace]:
     """Watch every guided evaluation that runs inside the block. The host's results do not change by a bit.
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from memhook.cli.demo import DemoPrompt
+    from memhook.cli.demo_prompts import DemoPrompt
 
 COLORS = {"memorized": "#c1440e", "fresh": "#2b6c8f"}
 

@@ -17,7 +17,7 @@ from memhook.files import write_text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from memhook.cli.demo import DemoPrompt
+    from memhook.cli.demo_prompts import DemoPrompt
     from memhook.detection.calibration import Calibration
 
 _STYLE = """

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from memhook.adapting.hooks import hook_arguments, hook_calls
 from memhook.adapting.pairs import read_output
-from memhook.adapting.replay import replaying
 from memhook.adapting.tensors import tensors_in, version
+from memhook.capture.unrecorded import replaying
 from memhook.errors import MemhookError
 from memhook.training.randomness import RandomState
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from memhook.adapting.pairs import find_embedding, find_sample, find_timestep, read_output
-from memhook.adapting.replay import Path, look_up, put, unrecorded
+from memhook.adapting.replay import Path, look_up, put
+from memhook.capture.unrecorded import unrecorded
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from memhook import testbed
-from memhook.attribution.gradient import WordScore
-from memhook.attribution.tokens import prompt_tokens
+from memhook.attribution.tokens import WordScore, prompt_tokens
 from memhook.bench import attribution
 from memhook.bench.attribution import Ranking, chosen_words, exchange_words, hit_rows, ordinary_words, seeds_of, spread
 from memhook.bench.samples import open_studio

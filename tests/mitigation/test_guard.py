@@ -14,7 +14,7 @@ from torch import nn
 import memhook
 from memhook import Intervention, ModuleAdapter, guard, mitigate
 from memhook.adapting.pairs import read_output
-from memhook.capture.intervention import replace_prediction
+from memhook.adapting.substitution import replace_prediction
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError, NoGuidanceError
 from memhook.testing import sample, tiny_unet
 
