@@ -38,8 +38,9 @@ def set_aside(module: nn.Module) -> Iterator[None]:
         for holder, same, contents in before:
             for name, value in same.items():
                 _refill(value, contents[name])
-            vars(holder).clear()
             vars(holder).update(same)
+            for name in vars(holder).keys() - same.keys():
+                del vars(holder)[name]
 
 
 def keeps_state(module: nn.Module) -> bool:
@@ -111,22 +112,22 @@ def _empty(state: Any) -> None:
 
 
 def _shallow(value: Any) -> Any:
-    """The contents of a dict or list, which may be changed in place; two levels, since caches are dicts of dicts."""
-    if isinstance(value, dict):
-        return {key: _shallow(item) if isinstance(item, (dict, list)) else item for key, item in value.items()}
-    if isinstance(value, list):
-        return [_shallow(item) if isinstance(item, (dict, list)) else item for item in value]
+    """The contents of a dict or list (no subclass: those may refuse changes), which may be changed in place."""
+    if type(value) is dict:
+        return {key: _shallow(item) if type(item) in (dict, list) else item for key, item in value.items()}
+    if type(value) is list:
+        return [_shallow(item) if type(item) in (dict, list) else item for item in value]
     return value
 
 
 def _refill(container: Any, contents: Any) -> None:
     """Put the contents back into the same dict or list."""
-    if isinstance(container, dict):
+    if type(container) is dict:
         kept = {key: container.get(key) for key in contents}
-        inner = {key: kept[key] if isinstance(item, (dict, list)) and type(kept[key]) is type(item) else item for key, item in contents.items()}
+        inner = {key: kept[key] if type(item) in (dict, list) and type(kept[key]) is type(item) else item for key, item in contents.items()}
         for key, item in contents.items():
             _refill(inner[key], item)
         container.clear()
         container.update(inner)
-    elif isinstance(container, list):
+    elif type(container) is list:
         container[:] = contents

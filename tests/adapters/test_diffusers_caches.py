@@ -77,7 +77,7 @@ def test_a_replay_in_flight_disturbs_nothing_and_gives_the_captured_number_or_sa
         try:
             seen.append(float((evaluation.objective(evaluation.embedding).detach() - captured).abs().max()))
         except memhook.ReplayError as error:
-            assert len(str(error).split()) > 8  # a sentence
+            assert len(str(error).split()) > 8  # noqa: PT017 -- a sentence, where one is owed
             seen.append(None)
 
     with memhook.watch(host.pipeline, on_evaluation=look):
@@ -120,3 +120,66 @@ def test_a_guard_leaves_unflagged_samples_bit_identical_and_changes_the_flagged_
     assert torch.equal(guarded[1 - flagged], host.plain[1 - flagged])
     assert not torch.equal(guarded[flagged], host.plain[flagged])
     assert torch.equal(host.run(), host.plain)
+
+
+# ---- helpers that replace `forward`, as DeepCache does
+
+
+class BlockCache:
+    """Computes the middle block of a UNet at every other step, and gives its kept output at the steps between."""
+
+    def __init__(self, pipeline):
+        self.pipeline, self.kept, self.step = pipeline, {}, 0
+        unet = pipeline.unet
+        own, middle = unet.forward, unet.mid_block.forward
+
+        def forward(*args, **kwargs):
+            self.step = list(pipeline.scheduler.timesteps).index(args[1])
+            return own(*args, **kwargs)
+
+        def block(*args, **kwargs):
+            if self.step % 2 == 0:
+                self.kept["middle"] = middle(*args, **kwargs)
+            return self.kept["middle"]
+
+        unet.forward, unet.mid_block.forward = forward, block
+
+
+@pytest.fixture
+def deep():
+    built = FAMILIES["StableDiffusionPipeline"].build()
+    built.helper = BlockCache(built.pipeline)
+    built.plain = built.run()
+    return built
+
+
+def test_a_helper_of_replaced_forwards_keeps_what_it_kept(deep):
+    errors = []
+
+    def look(evaluation):
+        kept = dict(deep.helper.kept)
+        try:
+            evaluation.objective(evaluation.embedding * 1.01)
+        except memhook.ReplayError as error:
+            errors.append(str(error))
+        assert deep.helper.kept.keys() == kept.keys()
+        assert all(deep.helper.kept[name] is value for name, value in kept.items())
+
+    with memhook.watch(deep.pipeline, on_evaluation=look) as trace:
+        assert torch.equal(deep.run(), deep.plain)
+    assert len(trace) == STEPS
+    assert len(errors) in (0, STEPS // 2)  # what was not computed cannot be computed again, unless the whole batch is: it fits what was kept
+    assert all("could not be run again" in error or "another prediction" in error for error in errors)
+
+
+@pytest.mark.filterwarnings("ignore:the samples .* did not come down")
+def test_a_guard_works_beside_such_a_helper(deep):
+    with memhook.watch(deep.pipeline) as trace:
+        deep.run()
+    scores = trace.score(first=1)
+    calibration = memhook.calibrate(np.full(100, scores.mean())).using(first=1)
+    with memhook.guard(deep.pipeline, calibration, fpr=0.05, target_magnitude=float(scores.min())):
+        guarded = deep.run()
+    assert torch.equal(guarded[scores.argmin()], deep.plain[scores.argmin()])
+    assert not torch.equal(guarded[scores.argmax()], deep.plain[scores.argmax()])
+    assert torch.equal(deep.run(), deep.plain)
