@@ -62,8 +62,8 @@ class CondCall:
         return found
 
 
-def make_replay(call: CondCall, embedding: Tensor, expected: Tensor, where: Tensor, checked: list[bool]) -> Callable[[Tensor], Tensor]:
-    """``replay(embedding) -> pred_cond``; the first use is checked against ``expected``."""
+def make_replay(call: CondCall, embedding: Tensor, expected: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
+    """``replay(embedding) -> pred_cond``; its first use is checked against ``expected``."""
     whole = Replay(
         call,  # type: ignore[arg-type]
         rows=slice(None),
@@ -71,7 +71,6 @@ def make_replay(call: CondCall, embedding: Tensor, expected: Tensor, where: Tens
         embedding=embedding,
         expected=expected,
         read=lambda x0: to_noise(x0, call.x, call.sigma, where),
-        checked=checked,
     )
 
     def replay(embedding: Tensor) -> Tensor:

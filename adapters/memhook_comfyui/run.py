@@ -60,7 +60,6 @@ class Run:
         self._watcher = watcher
         self._guider = weakref.ref(guider)
         self._moment: _Moment | None = None
-        self._checked: list[bool] = []
         self._hashed: tuple[tuple[Conds, Conds, int], Tensor | None] | None = None
         self._rows = 0
         self._substitute: tuple[Conds, list[Tensor]] | None = None  # the prompt that an intervention put in
@@ -169,7 +168,7 @@ class Run:
             cond.executor, call["model"], guider.model_patcher, cond.conds, call["x_in"], call["timestep"], call.get("model_options") or {}
         )
         embedding = read_embedding(cond.conds, call["x_in"].shape[0])
-        replay = None if embedding is None else make_replay(kept, embedding, pred_cond, where, self._checked)
+        replay = None if embedding is None else make_replay(kept, embedding, pred_cond, where)
         return Evaluation(pred_cond, pred_uncond, space=space, roles="matched", sigma=kept.sigma, embedding=embedding, replay=replay)
 
     def _change(self, guider: Any, names: Names, cond: _Output, evaluation: Evaluation, answer: Intervention, where: Tensor) -> Tensor | None:

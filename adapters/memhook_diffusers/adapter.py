@@ -13,6 +13,7 @@ from memhook.adapting.fingerprint import Fingerprinted
 from memhook.adapting.hooks import hook_calls
 from memhook.errors import NoAdapterError
 from memhook_diffusers.parts import Parts, find_parts
+from memhook_diffusers.processors import restored_if_ended
 from memhook_diffusers.reasons import remedy, why_missing
 from memhook_diffusers.run import Run
 from memhook_diffusers.taps import listen_to
@@ -65,7 +66,7 @@ class DiffusersAdapter:
         denoisers, schedulers = list(parts.denoisers.values()), list(parts.schedulers.values())
         why = functools.partial(why_missing, name)
         run = Run(watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline))
-        with contextlib.closing(run.changes), contextlib.ExitStack() as stack:
+        with contextlib.closing(run.changes), restored_if_ended(denoisers), contextlib.ExitStack() as stack:
             _listen(stack, parts, run)
             del pipeline, parts, denoisers, schedulers  # the block must not keep them alive
             yield

@@ -62,7 +62,7 @@ def _by_call(calls: Sequence[Call], cond: Tensor, weights: Tensor) -> list[tuple
     return found
 
 
-def make_replay(calls: Sequence[Call], cond: Tensor, text: Text, combined: Combined, checked: list[bool]) -> DenoiserReplay | None:
+def make_replay(calls: Sequence[Call], cond: Tensor, text: Text, combined: Combined) -> DenoiserReplay | None:
     """A replay of the conditional rows; None where the calls were not kept.
 
     Args:
@@ -70,7 +70,6 @@ def make_replay(calls: Sequence[Call], cond: Tensor, text: Text, combined: Combi
         cond: ``(b, k)``: the conditional rows, through all calls.
         text: Their embeddings.
         combined: How they become the evaluation's prediction.
-        checked: Shared by all replays of a watch.
     """
     pieces = []
     for call, places in _by_call(calls, cond, combined.weights):
@@ -83,7 +82,7 @@ def make_replay(calls: Sequence[Call], cond: Tensor, text: Text, combined: Combi
             at = torch.tensor([(sample, part) for sample, part, _ in places])
         own = rows.to(call.denoised.device)
         embedding, expected = copy_of(call.text[own]), copy_of(call.denoised[own])
-        pieces.append((Replay(call.record, rows=rows, path=call.path, embedding=embedding, expected=expected, read=read_output, checked=checked), at))
+        pieces.append((Replay(call.record, rows=rows, path=call.path, embedding=embedding, expected=expected, read=read_output), at))
     return DenoiserReplay(pieces, tuple(text.rows.shape), combined.detached())
 
 

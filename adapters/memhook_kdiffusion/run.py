@@ -88,7 +88,6 @@ class Run:
         self._hooked: list[weakref.ref[nn.Module]] = []
         self._opened: _Opened | None = None
         self._doubts = Doubts()
-        self._checked: list[bool] = []
         self._seen: list[tuple[weakref.ref[Tensor], int | None]] = []  # noisy samples of the latest evaluations
         self._substitution: RowSubstitution | None = None
 
@@ -252,7 +251,7 @@ class Run:
             self._decide(doubts, guided)
             pred_uncond = pred_uncond if any(guided) else None
             text = read_text(opened.calls, pairing.cond, pairing.weights)
-            replay = make_replay(opened.calls, pairing.cond, text, combined, self._checked) if text is not None else None
+            replay = make_replay(opened.calls, pairing.cond, text, combined) if text is not None else None
         embedding = text.embedding if text is not None else None
         evaluation = Evaluation(pred_cond, pred_uncond, roles=self._roles, sigma=opened.sigma.clone(), embedding=embedding, replay=replay)
         return evaluation, combined, text

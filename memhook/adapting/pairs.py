@@ -164,7 +164,6 @@ class PairRecorder:
     """Makes trace rows and evaluations of pairs of predictions, for one watch."""
 
     def __init__(self) -> None:
-        self._checked: list[bool] = []
         self._last: tuple[tuple[Tensor, Tensor], list[Any], Tensor] | None = None
 
     def row(
@@ -216,7 +215,5 @@ class PairRecorder:
             pred_cond, pred_uncond = copy_of(pred_cond), copy_of(pred_uncond)
         replay = None
         if cond.call is not None and cond.embedding is not None and cond.path is not None:
-            replay = Replay(
-                cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read, checked=self._checked
-            )
+            replay = Replay(cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read)
         return Evaluation(pred_cond, pred_uncond, space=space, roles=roles, timestep=timestep, sigma=sigma, embedding=cond.embedding, replay=replay)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memhook.adapting.checkpointing import checkpointed
+from memhook.adapting.kept_state import set_aside
 from memhook.adapting.tensors import copy_of, like, map_tensors, take_rows
 from memhook.capture.unrecorded import unrecorded
 from memhook.errors import ReplayError
@@ -80,7 +81,7 @@ class CallRecord:
 class Replay:
     """``replay(embedding) -> pred_cond``: the captured call, conditional rows only, differentiable.
 
-    The first use is checked against the captured prediction: a replay that does not reproduce it raises `ReplayError`.
+    Its first use is checked against the captured prediction: a replay that does not reproduce it raises `ReplayError`.
     """
 
     def __init__(
@@ -92,11 +93,10 @@ class Replay:
         embedding: Tensor,
         expected: Tensor,
         read: Callable[[Any], Tensor],
-        checked: list[bool],
     ) -> None:
         self._call, self._rows, self._path = call, rows, path
         self._embedding, self._expected, self._read = embedding, expected, read
-        self._checked = checked  # shared by all replays of a watch: empty until one of them was checked
+        self._checked = False  # each by itself: a cache may have computed one evaluation and skipped the next
 
     def __call__(self, embedding: Tensor) -> Tensor:
         if embedding.shape != self._embedding.shape:
@@ -115,7 +115,7 @@ class Replay:
         samples = samples.cpu()  # an index on the CPU fits tensors on every device
         rows = torch.arange(self._call.batch)[self._rows][samples]
         return Replay(
-            self._call, rows=rows, path=self._path, embedding=self._embedding[samples], expected=self._expected[samples], read=self._read, checked=[]
+            self._call, rows=rows, path=self._path, embedding=self._embedding[samples], expected=self._expected[samples], read=self._read
         )  # fmt: skip
 
     def _run(self, embedding: Tensor) -> Tensor:
@@ -134,13 +134,13 @@ class Replay:
                 "The model may be in training mode (dropout), keep state between calls (caching), or have changed since; "
                 "call model.eval() and replay inside the watch"
             )
-        self._checked.append(True)
+        self._checked = True
 
 
 @contextlib.contextmanager
 def replayed(module: nn.Module) -> Iterator[None]:
-    """Calls inside the block are recorded by no watch and leave the parameters alone."""
-    with unrecorded(), _frozen(module):
+    """Calls inside the block are recorded by no watch, and leave the parameters and what the model keeps between calls alone."""
+    with unrecorded(), set_aside(module), _frozen(module):
         yield
 
 

@@ -74,7 +74,7 @@ class RowsOrWhole:
         if whole is None or call is None or cond.path is None:
             raise ReplayError("the text embeddings of the batch differ in length")
         rows, everything = cond.rows, slice(0, call.batch)
-        replay = Replay(call, rows=everything, path=cond.path, embedding=whole, expected=cond.values, read=self._read, checked=[])
+        replay = Replay(call, rows=everything, path=cond.path, embedding=whole, expected=cond.values, read=self._read)
         return replay(torch.cat([whole[: rows.start], embedding.to(whole), whole[rows.stop :]]))
 
     def _read(self, output: object) -> Tensor:

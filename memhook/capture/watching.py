@@ -140,7 +140,7 @@ def watch(
         yield trace
 
 
-class _EnoughSeen(BaseException):
+class EnoughSeen(BaseException):
     """Ends a probed run; not an `Exception`, so that hosts which catch those let it pass."""
 
 
@@ -164,8 +164,8 @@ def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, ad
 
     def stop_in_time(_: Evaluation) -> None:
         if next(seen) >= evaluations:
-            raise _EnoughSeen
+            raise EnoughSeen
 
-    with contextlib.suppress(_EnoughSeen), watch(target, adapter=adapter, keep="calls", on_evaluation=stop_in_time) as trace:
+    with contextlib.suppress(EnoughSeen), watch(target, adapter=adapter, keep="calls", on_evaluation=stop_in_time) as trace:
         run()
     return trace
