@@ -48,3 +48,10 @@ def test_commands_in_documents_exist():
                     break
                 assert word in command.commands, f"{path.name} names `{line}`"
                 command = command.commands[word]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_is_wrapped_where_eyes_can_follow(path):
+    """At 160 columns. Tables and code may be wider."""
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 160 and not line.startswith("|")] == []
