@@ -1,1 +1,20 @@
-"""What adapters that hook modules need."""
+"""What adapters that hook modules need: pairing predictions, running a call again, hooks that clean up.
+
+Lives here:
+
+    pairs          from a denoiser's raw calls to the two predictions of one guided evaluation
+    replay         running a captured call again, with another embedding
+    substitution   an intervention's embedding or prediction in the place of the host's own
+    hooks          hooks that see every call of a module inside a block, and leave nothing behind
+    module         `ModuleAdapter`, for any bare denoiser that is called with guided batches
+    module_calls   how a bare denoiser's guided calls are laid out
+    whole_batch    replays of the conditional rows alone where that works, of the whole batch where
+                   it must be
+    kept_state     caches that a model keeps between calls, put aside while a call is made again
+    checkpointing  gradient checkpointing of repeated blocks, for the time of a replay
+    fingerprint    telling models apart
+    tensors        nested arguments, rows of a batch, exact fingerprints
+
+May use: `memhook.capture` and what it uses. Used by: adapters, and every later room that asks a
+model again.
+"""

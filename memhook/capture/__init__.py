@@ -1,4 +1,21 @@
-"""Evaluations of a run, the trace they leave, and watching one."""
+"""Evaluations of a run, the trace they leave, and watching one.
+
+Lives here:
+
+    watching      `watch` a run, or `probe` its first evaluations
+    prediction    `Evaluation`: one guided evaluation of a denoiser, and the magnitude of its
+                  text-conditional prediction
+    intervention  what an observer may answer to an evaluation: another prediction, another
+                  embedding
+    trace         `Trace`: what a watched run leaves behind, a row for each evaluation
+    rows          what is kept of one evaluation, on the device until somebody asks
+    runs          telling several runs in one trace apart
+    objective     a function from an embedding to one magnitude a sample, to differentiate
+    unrecorded    calls that no watch may record, since memhook makes them itself
+
+May use: `memhook.errors`, and the plugin contract at the door. Used by: every other room and every
+adapter.
+"""
 
 from memhook.capture.watching import probe, watch
 
