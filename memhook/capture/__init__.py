@@ -9,6 +9,7 @@ Lives here:
                   embedding
     trace         `Trace`: what a watched run leaves behind, a row for each evaluation
     rows          what is kept of one evaluation, on the device until somebody asks
+    prompts       from magnitudes of samples to those of prompts
     runs          telling several runs in one trace apart
     objective     a function from an embedding to one magnitude a sample, to differentiate
     unrecorded    calls that no watch may record, since memhook makes them itself

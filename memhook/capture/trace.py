@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
+from memhook.capture.prompts import numbered, prompt_mean
 from memhook.capture.rows import Row, number, own, read, settle
 from memhook.capture.runs import run_starts
 from memhook.errors import MemhookError, NoGuidanceError
@@ -19,7 +20,7 @@ from memhook.errors import MemhookError, NoGuidanceError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Row", "Trace", "per_prompt", "prompt_mean"]
+__all__ = ["Row", "Trace"]
 
 
 class Trace:
@@ -258,7 +259,7 @@ class Trace:
         self._settle()
         for row in self._rows:
             if row.conditioning is not None:
-                return _number_by_first_appearance(row.conditioning[0].cpu().numpy())
+                return numbered(row.conditioning[0].cpu().numpy())
         return np.arange(self._rows[0].samples if self._rows else 0)
 
     @property
@@ -331,20 +332,3 @@ class Trace:
     def _starts(self) -> list[int]:
         self._settle()
         return run_starts([row.samples for row in self._rows], self.timesteps, self.sigmas, continues=[row.continues for row in self._rows])
-
-
-def per_prompt(magnitudes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Average ``(s, b)`` magnitudes over each prompt's samples: ``(prompts, s)`` float32."""
-    return np.stack([magnitudes[:, groups == group].mean(axis=1, dtype=np.float64) for group in range(groups.max() + 1)]).astype(np.float32)
-
-
-def prompt_mean(magnitudes: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Mean of ``(s, n)`` magnitudes over the evaluations that are present, ``(n,)``; a NaN among those stays a NaN."""
-    with np.errstate(invalid="ignore"):  # infinities of both signs make a NaN
-        mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean
-
-
-def _number_by_first_appearance(keys: np.ndarray) -> np.ndarray:
-    seen: dict[int, int] = {}
-    return np.array([seen.setdefault(int(key), len(seen)) for key in keys])
