@@ -12,6 +12,7 @@ from torch import nn
 from memhook.adapting.fingerprint import Fingerprinted
 from memhook.adapting.hooks import hook_calls
 from memhook.errors import NoAdapterError
+from memhook_diffusers.encoding import PipelineEncoder
 from memhook_diffusers.parts import Parts, find_parts
 from memhook_diffusers.processors import restored_if_ended
 from memhook_diffusers.reasons import remedy, why_missing
@@ -65,7 +66,10 @@ class DiffusersAdapter:
         parts, name = find_parts(pipeline), type(pipeline).__name__
         denoisers, schedulers = list(parts.denoisers.values()), list(parts.schedulers.values())
         why = functools.partial(why_missing, name)
-        run = Run(watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline))
+        run = Run(
+            watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline),
+            encode=PipelineEncoder.of(pipeline),
+        )  # fmt: skip
         with contextlib.closing(run.changes), restored_if_ended(denoisers), contextlib.ExitStack() as stack:
             _listen(stack, parts, run)
             del pipeline, parts, denoisers, schedulers  # the block must not keep them alive

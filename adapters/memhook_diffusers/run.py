@@ -17,6 +17,7 @@ from memhook.adapting.pairs import PairRecorder, Prediction, find_timestep
 from memhook.adapting.substitution import Substitution
 from memhook.capture.trace import Row
 from memhook_diffusers.calls import Call, Conditioning, make_call
+from memhook_diffusers.encoding import PipelineEncoder
 from memhook_diffusers.layout import Layout, Numbers, Reading
 from memhook_diffusers.parts import space_of
 from memhook_diffusers.repairs import repaired
@@ -57,8 +58,9 @@ class Run:
         schedulers: Sequence[Any],
         why_missing: Callable[[dict[str, Any]], str],
         remedy: str,
+        encode: PipelineEncoder | None = None,
     ) -> None:
-        self._watcher, self._name = watcher, name
+        self._watcher, self._name, self._encode = watcher, name, encode
         self._why_missing, self._remedy = why_missing, remedy
         self._denoisers = [weakref.ref(denoiser) for denoiser in denoisers]
         self._schedulers = [weakref.ref(scheduler) for scheduler in schedulers]
@@ -212,7 +214,7 @@ class Run:
             return replace(evaluation, pred_uncond=None)
         cond, uncond = predictions[decision.cond], predictions[decision.uncond]
         evaluation = self._recorder.evaluation(cond, uncond, space=space, roles=decision.roles, timestep=timestep)
-        return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name))
+        return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name), encode=self._encode)
 
 
 def _settling(
