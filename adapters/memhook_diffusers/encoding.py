@@ -19,11 +19,19 @@ _OFF = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "num_v
 class PipelineEncoder:
     """``encoder(texts)``: what the pipeline's ``encode_prompt`` makes of them: the embeddings ``(n, l, d)``, then pooled vectors and masks.
 
-    Whether that is what a run was made with depends on the run's settings; whoever uses it compares it with what was captured.
+    It is asked with the settings (skipped layers, length) of the latest call that `on_use` was told of. Whoever uses it compares what it
+    makes of a prompt with what was captured.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
+        self._settings: dict[str, Any] = {}
+
+    def on_use(self, owner: Any, arguments: dict[str, Any]) -> None:  # noqa: ARG002 -- the form of a tap's listener
+        """The pipeline encodes its prompts: remember how, and nothing of the prompts."""
+        self._settings = {
+            name: value for name, value in arguments.items() if isinstance(value, (bool, int, float, torch.device)) or name == "clip_skip"
+        }
 
     @staticmethod
     def of(pipeline: Any) -> PipelineEncoder | None:
@@ -36,12 +44,12 @@ class PipelineEncoder:
         if pipeline is None:
             raise ReplayError("the pipeline was deleted, so its text encoder cannot be asked; keep it while its trace is used")
         name, parameters = type(pipeline).__name__, inspect.signature(pipeline.encode_prompt).parameters
-        given: dict[str, Any] = {key: value for key, value in _OFF.items() if key in parameters}
-        if "device" in parameters:
+        given: dict[str, Any] = {key: value for key, value in {**self._settings, **_OFF}.items() if key in parameters}
+        if "device" in parameters and given.get("device") is None:
             given["device"] = pipeline._execution_device
         # Every prompt without a default: Stable Diffusion 3 wants one for each encoder.
         prompts = [key for key, kind in parameters.items() if key == "prompt" or (key.startswith("prompt_") and kind.default is kind.empty)]
-        given |= dict.fromkeys(prompts, list(texts))
+        given |= {key: list(texts) for key in prompts}
         try:
             with quiet_libraries():
                 found = pipeline.encode_prompt(**given)

@@ -17,7 +17,6 @@ from memhook.adapting.pairs import PairRecorder, Prediction, find_timestep
 from memhook.adapting.substitution import Substitution
 from memhook.capture.trace import Row
 from memhook_diffusers.calls import Call, Conditioning, make_call
-from memhook_diffusers.encoding import PipelineEncoder
 from memhook_diffusers.layout import Layout, Numbers, Reading
 from memhook_diffusers.parts import space_of
 from memhook_diffusers.repairs import repaired
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Space
     from memhook.hookspecs import Watcher
+    from memhook_diffusers.encoding import PipelineEncoder
     from memhook_diffusers.roles import Decision
 
 

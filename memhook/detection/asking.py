@@ -13,13 +13,13 @@ from torch import Tensor
 from memhook.capture.prediction import Evaluation, magnitude
 from memhook.capture.trace import Trace, prompt_mean
 from memhook.capture.unrecorded import unrecorded
-from memhook.detection.calibration import Calibration
 from memhook.errors import CalibrationError, MemhookError, ReplayError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from memhook.capture.prediction import Encode
+    from memhook.detection.calibration import Calibration
 
 Ask = Callable[[Sequence[str]], "Trace | ArrayLike | Tensor"]
 """``ask(texts)``: the host's answer to other texts, always on the same noise: a `Trace` whose samples stand text by text, or their
@@ -203,7 +203,7 @@ class _Captured:
                 repeated = uncond.to(predicted.device).repeat(count, *[1] * (uncond.ndim - 1))
                 values = magnitude(predicted.detach(), repeated).reshape(count, -1)
             else:  # a host's own, which knows its own batch alone
-                rows = [replay(one.to(evaluation.embedding).expand(len(uncond), -1, -1)) for one in after[0].unsqueeze(1)]  # type: ignore[arg-type]
+                rows = [replay(one.to(evaluation.embedding).expand(len(uncond), -1, -1)) for one in after[0].unsqueeze(1)]
                 values = torch.stack([magnitude(row.detach(), uncond.to(row.device)) for row in rows])
         found: np.ndarray = values.mean(dim=1, dtype=torch.float64).float().cpu().numpy()
         return found
@@ -230,7 +230,9 @@ def _first(trace: Trace) -> tuple[int, Evaluation]:
         raise MemhookError(f"this trace holds {len(trace.runs)} runs of the sampler; pass one of trace.runs, or probe one run")
     prompts = int(trace.groups.max()) + 1
     if prompts > 1:
-        raise MemhookError(f"this trace holds {prompts} prompts; words are asked of one prompt, so probe one (with several images of it, if you like)")
+        raise MemhookError(
+            f"this trace holds {prompts} prompts; words are asked of one prompt, so probe one (with several images of it, if you like)"
+        )
     number = int(np.flatnonzero(trace.has_guidance)[0])
     if not np.isfinite(magnitudes[number]).all():
         raise MemhookError("the predictions of this trace are not finite; run the model in a wider dtype")

@@ -99,7 +99,8 @@ def find_all(words: Sequence[PromptWord], phrases: Iterable[str], *, what: str, 
         places = places_of(words, phrase)
         if not places:
             raise MemhookError(
-                f"{what} has {phrase!r}, which the prompt {prompt!r} does not hold; expected some of its words: {', '.join(word.text for word in words)}"
+                f"{what} has {phrase!r}, which the prompt {prompt!r} does not hold; expected some of its words: "
+                f"{', '.join(word.text for word in words)}"
             )
         yield phrase, tuple(sorted({number for place in places for number in place}))
 
