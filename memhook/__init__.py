@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ReplayError,
     )
     from memhook.hookspecs import hookimpl
+    from memhook.mitigation.edits import Edits, suggest_edits
     from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding, per_sample_target
     from memhook.mitigation.guard import guard, mitigate
     from memhook.mitigation.guard_report import Guard
@@ -68,6 +69,7 @@ else:  # nothing of torch until one of these is used
                 "ReplayError",
             ],
             "memhook.hookspecs": ["hookimpl"],
+            "memhook.mitigation.edits": ["Edits", "suggest_edits"],
             "memhook.mitigation.embedding": ["OptimizedEmbedding", "optimize_embedding", "per_sample_target"],
             "memhook.mitigation.guard": ["guard", "mitigate"],
             "memhook.mitigation.guard_report": ["Guard"],
@@ -86,6 +88,7 @@ __all__ = [
     "CalibrationMismatchError",
     "CleanSpectrum",
     "Detection",
+    "Edits",
     "Evaluation",
     "Guard",
     "GuidanceLayoutError",
@@ -117,6 +120,7 @@ __all__ = [
     "probe",
     "prompt_tokens",
     "stop_rule",
+    "suggest_edits",
     "training_filter",
     "watch",
 ]
