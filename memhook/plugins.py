@@ -147,7 +147,8 @@ def offered_scores() -> tuple[tuple[Offered, ...], dict[str, str]]:
     for implementation in sorted(manager.hook.memhook_scores.get_hookimpls(), key=lambda known: (known.plugin_name != _OWN, known.plugin_name)):
         plugin = implementation.plugin_name
         try:
-            scores: list[Any] = list(implementation.function())
+            given: Any = implementation.function()
+            scores = list(given)
         except Exception as error:  # noqa: BLE001 -- third-party code: it must not stop the others
             failures[plugin] = _brief(error)
             warnings.warn(f"the scores of the memhook plugin {plugin!r} are left out: memhook_scores failed with {_brief(error)}", stacklevel=3)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def as_scored(value: Score | str | Callable[..., Any] | Scored, *, plugin: str |
     """
     if isinstance(value, Scored):
         return value
-    if value is magnitude or value == MAGNITUDE:  # known without loading a plugin
+    if value is magnitude or (isinstance(value, str) and value == MAGNITUDE):  # known without loading a plugin
         value, plugin = Magnitude(), "memhook"
     if isinstance(value, str):
         value, plugin = find_score(value)
@@ -294,7 +295,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
-    if hasattr(value, "__array__") and hasattr(value, "tobytes") and getattr(value, "ndim", 0):
+    if isinstance(value, np.ndarray):
         digest = hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()[:16]
         return f"{value.dtype} of shape {tuple(value.shape)}, sha256 {digest}"
     return value

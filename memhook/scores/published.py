@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from memhook.capture.scoring import Magnitude
 from memhook.hookspecs import hookimpl
+from memhook.scores.dsm import Dsm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PUBLISHED: tuple[Any, ...] = (Magnitude(),)
+PUBLISHED: tuple[Any, ...] = (Magnitude(), Dsm())
 """Scores that need nothing but their published parameters; those that are made of something (a mask, a spectrum) are given as they are."""
 
 
