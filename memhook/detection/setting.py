@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memhook.adapting.fingerprint import is_fingerprint, same_fingerprint
+from memhook.adapting.fingerprint import difference, is_fingerprint, same_fingerprint
 from memhook.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -54,10 +54,15 @@ def differences(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first
     """The fields that differ, each with a sentence that gives both values. Fields that only one side knows are not compared."""
     calibrated, seen = first_part(calibrated, first), first_part(seen, first)
     return {
-        key: f"the setting differs in {key}: the calibration was made with {brief(calibrated[key])}, this run used {brief(seen[key])}"
+        key: f"the setting differs in {key}: {_sentence(key, calibrated[key], seen[key])}"
         for key in sorted(calibrated.keys() & seen.keys())
         if not _same(key, calibrated[key], seen[key])
     }
+
+
+def _sentence(key: str, expected: Any, value: Any) -> str:
+    both = f"the calibration was made with {brief(expected)}, this run used {brief(value)}"
+    return f"{both}. Of the {key}, {difference(expected, value)}" if key in _FINGERPRINTS else both
 
 
 def _same(key: str, expected: Any, value: Any) -> bool:
