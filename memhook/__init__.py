@@ -14,6 +14,7 @@ from memhook.exports import lazy_exports
 if TYPE_CHECKING:
     from memhook.adapting.module import ModuleAdapter
     from memhook.attribution.gradient import TokenAttribution, attribute_tokens
+    from memhook.attribution.leave_one_out import LeaveOneOut, leave_one_out
     from memhook.attribution.tokens import Tokens, prompt_tokens
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation, magnitude
@@ -46,6 +47,7 @@ else:  # nothing of torch until one of these is used
         {
             "memhook.adapting.module": ["ModuleAdapter"],
             "memhook.attribution.gradient": ["TokenAttribution", "attribute_tokens"],
+            "memhook.attribution.leave_one_out": ["LeaveOneOut", "leave_one_out"],
             "memhook.attribution.tokens": ["Tokens", "prompt_tokens"],
             "memhook.capture.intervention": ["Intervention"],
             "memhook.capture.prediction": ["Evaluation", "magnitude"],
@@ -88,6 +90,7 @@ __all__ = [
     "Guard",
     "GuidanceLayoutError",
     "Intervention",
+    "LeaveOneOut",
     "MemhookError",
     "MemorizationDetectedError",
     "ModuleAdapter",
@@ -105,6 +108,7 @@ __all__ = [
     "guard",
     "hookimpl",
     "keep_mask",
+    "leave_one_out",
     "magnitude",
     "masked_mean",
     "mitigate",
