@@ -15,7 +15,7 @@ from memhook.errors import MemhookError
 from memhook_comfyui.noise import covered, space_of, to_noise
 from memhook_comfyui.prompts import fingerprints
 from memhook_comfyui.roles import NOT_COVERED
-from memhook_comfyui.setting import describe_model
+from memhook_comfyui.setting import DELETED, describe_model
 from memhook_comfyui.thaw import thawed
 
 if TYPE_CHECKING:
@@ -39,9 +39,13 @@ class PostCfgAdapter:
         self._patcher = weakref.ref(patcher)
 
     def describe(self) -> Mapping[str, Any]:
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
         patcher = self._patcher()
         if patcher is None:
-            raise MemhookError("the model of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is loaded")
+            raise MemhookError(DELETED)
         return describe_model(patcher)
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ from memhook_diffusers.run import Run
 from memhook_diffusers.taps import listen_to
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from memhook.hookspecs import Watcher
 
@@ -56,7 +56,12 @@ class DiffusersAdapter:
         self._sampler = "+".join(type(scheduler).__name__ for scheduler in parts.schedulers.values())
 
     def describe(self) -> Mapping[str, Any]:
-        return {**self._fingerprint.describe(), "sampler": self._sampler}
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
+        read, sampler = self._fingerprint.snapshot(), self._sampler
+        return lambda: {**read(), "sampler": sampler}
 
     @contextlib.contextmanager
     def attach(self, watcher: Watcher) -> Iterator[None]:

@@ -34,10 +34,20 @@ def fingerprint(module: nn.Module) -> dict[str, Any]:
     storage (offloaded to disk) is None. The weights of adapters (LoRA) are left out; see `memhook.adapting.alterations`.
     It is taken once for an unchanged model.
     """
-    return Snapshot("model", module).read() if isinstance(module, nn.Module) else _take(_Parts.of(module)).read()
+    return read_later(module)()
 
 
-@dataclass(frozen=True, eq=False)
+def read_later(module: Any, name: str = "model") -> Callable[[], dict[str, Any]]:
+    """Take a fingerprint without waiting for the device; what it answers reads it.
+
+    Args:
+        module: A module, or a stand-in that offers ``named_parameters()``.
+        name: What errors call it.
+    """
+    return Snapshot(name, module).read if isinstance(module, nn.Module) else _take(_Parts.of(module)).read
+
+
+@dataclass(eq=False)
 class Taken:
     """A fingerprint whose numbers may still be on the device."""
 
@@ -47,9 +57,15 @@ class Taken:
     moments: Kept
     buffers: tuple[str, ...]
     of_buffers: Kept
+    _found: dict[str, Any] | None = None
 
     def read(self) -> dict[str, Any]:
         """Wait for the device: once for each that holds a part of the model."""
+        if self._found is None:
+            self._found = self._read()
+        return dict(self._found)
+
+    def _read(self) -> dict[str, Any]:
         pairs = [None if pair is None else [_short(number) for number in pair] for pair in self.moments.read()]
         buffers = dict(zip(self.buffers, self.of_buffers.read(), strict=True))
         return {
@@ -219,12 +235,14 @@ class Snapshot:
         self._state, self._probe = parts.state(), probe(parts.tensors())
         known = _known.get(module)
         waits = any(part.device.type != "cpu" for part in self._probe)
-        self._compared = True
-        self._earlier: list[Tensor] = []
+        self._earlier: list[Tensor] | None = None  # what the probe is still to be compared with
         if known is not None and known[0] == self._state and (waits or equal(known[1], self._probe)):
-            self._taken, self._earlier, self._compared = known[2], known[1], not waits
+            self._taken, self._earlier = known[2], known[1] if waits else None
         else:
             self._taken = self._keep(module, parts)
+        self._found = None if waits else self._taken.read()
+        if not waits:
+            del self._taken, self._probe, self._state  # a trace that keeps this keeps no tensor
 
     def _keep(self, module: nn.Module, parts: _Parts) -> Taken:
         taken = _take(parts)
@@ -237,11 +255,11 @@ class Snapshot:
         Raises:
             MemhookError: The weights were changed through ``.data`` before the fingerprint was taken, and again since.
         """
-        if not self._compared:
-            if not equal(self._earlier, self._probe):
+        if self._found is None:
+            if self._earlier is not None and not equal(self._earlier, self._probe):
                 self._taken = self._again()
-            self._compared = True
-        return self._taken.read()
+            self._found = self._taken.read()
+        return self._found
 
     def _again(self) -> Taken:
         module = self._module()
@@ -267,8 +285,8 @@ class Fingerprinted:
             module = reference()
             if module is None:
                 raise MemhookError(f"the {name} of this trace was deleted before its fingerprint was taken; keep it until the `with` block ends")
-            found[name] = Snapshot(name, module)
-        return lambda: {name: taken.read() for name, taken in found.items()}
+            found[name] = read_later(module, name)
+        return lambda: {name: read() for name, read in found.items()}
 
     def describe(self) -> dict[str, Any]:
         """The fingerprints as of now."""

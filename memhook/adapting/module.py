@@ -22,7 +22,7 @@ from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError, MemhookError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from memhook.adapting.replay import Path
     from memhook.capture.intervention import Intervention
@@ -97,6 +97,10 @@ class ModuleAdapter:
 
     def describe(self) -> Mapping[str, Any]:
         return self._fingerprint.describe()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
+        return self._fingerprint.snapshot()
 
 
 class _Run:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _FINGERPRINTS = ("model", "text_encoder", "text_encoder_2", "text_encoder_3")
 _LEVELS = ("timesteps", "sigmas")
 _BY_EVALUATION = (*_LEVELS, "guided_evaluations")
+_WHERE_ABSENT = {"patches": "none"}  # what it means that a setting does not have the field
 _LATER_ONLY = ("sampler", "guidance_scale")  # fields without influence on the first evaluation
 
 
@@ -53,6 +54,8 @@ def first_part(setting: Mapping[str, Any], first: int | None) -> dict[str, Any]:
 def differences(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first: int | None) -> dict[str, str]:
     """The fields that differ, each with a sentence that gives both values. Fields that only one side knows are not compared."""
     calibrated, seen = first_part(calibrated, first), first_part(seen, first)
+    absent = {key: value for key, value in _WHERE_ABSENT.items() if key in calibrated or key in seen}
+    calibrated, seen = {**absent, **calibrated}, {**absent, **seen}
     return {
         key: f"the setting differs in {key}: {_sentence(key, calibrated[key], seen[key])}"
         for key in sorted(calibrated.keys() & seen.keys())
