@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from memhook.capture.prediction import Roles, Space
+    from memhook.capture.texts import Text
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Row:
     sigma: Tensor | float | None = None
     same_inputs: Tensor | None = None  # (b,) bool: both predictions were made from the same noisy sample
     conditioning: Tensor | None = None  # (2, b) int64 fingerprints of the conditional and the unconditional conditioning
+    unconditional: Text | None = field(default=None, repr=False)  # the (b,) unconditional texts
     shape: tuple[int, ...] | None = None  # of one prediction
     space: Space | None = None  # where the host's stages predict in different ones
     roles: Roles | None = None  # how it is known which prediction is conditional; None: as declared
@@ -92,7 +94,8 @@ def number(value: Tensor | float | None) -> float:
 def stored(row: Row) -> Row:
     """The row, settled and read, with all that it holds on the CPU and nothing of the host; for pickling."""
     about = None if row.about is None else Said(dict(row.about()))
-    kept = replace(row, settle=None, refuted=None, about=about)
+    text = None if row.unconditional is None else row.unconditional.stored()
+    kept = replace(row, settle=None, refuted=None, about=about, unconditional=text)
     for field_ in fields(kept):
         value = getattr(kept, field_.name)
         if isinstance(value, Tensor):

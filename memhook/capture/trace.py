@@ -15,10 +15,13 @@ from memhook.capture.described import Described
 from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
 from memhook.capture.rows import Row, grouped, number, own, read, settle, stored
 from memhook.capture.runs import run_starts
+from memhook.capture.texts import same_text
 from memhook.errors import MemhookError, NoGuidanceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from memhook.capture.texts import Text
 
 __all__ = ["Row", "Trace", "per_prompt", "prompt_mean"]
 
@@ -280,6 +283,23 @@ class Trace:
         return np.arange(self._rows[0].samples if self._rows else 0)
 
     @property
+    def unconditional_texts(self) -> list[dict[str, Any]]:
+        """The different unconditional texts of the run (the negative prompt's encoding, or the empty one's), as a few numbers of each.
+
+        Empty where none was seen. For comparison with another run's, by `memhook.capture.texts.same_texts`.
+        """
+        self._settle()
+        seen: list[Text] = []
+        for row in self._rows:
+            if row.unconditional is not None and all(row.unconditional is not text for text in seen):
+                seen.append(row.unconditional)
+        found: list[dict[str, Any]] = []
+        for value in (value for text in seen for value in text.distinct()):
+            if not any(same_text(value, known) for known in found):
+                found.append(value)
+        return found
+
+    @property
     def runs(self) -> list[Trace]:
         """One trace per run of the sampler: a run ends where the next evaluation starts again from a high noise level."""
         bounds = [*self._starts(), len(self._rows)]
@@ -306,6 +326,7 @@ class Trace:
                 magnitude=None if row.magnitude is None else row.magnitude[rows],
                 same_inputs=None if row.same_inputs is None else row.same_inputs[rows],
                 conditioning=None if row.conditioning is None else row.conditioning[:, rows],
+                unconditional=None if row.unconditional is None else row.unconditional.rows(rows),
                 scale=None if row.scale is None else row.scale[rows],
                 values=None if row.values is None else row.values[rows],
                 settle=None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.adapting.fingerprint import difference, is_fingerprint, same_fingerprint
+from memhook.capture.texts import are_texts, same_texts
 from memhook.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def run_setting(trace: Trace) -> dict[str, Any]:
         "sigmas": _known(trace.sigmas),
         "guided_evaluations": trace.has_guidance.tolist(),
         "images_per_prompt": int(counts[0]),
+        "unconditional_text": trace.unconditional_texts or None,
         "guidance_scale": None if scale is None else float(f"{np.nanmedian(scale):.3g}"),
     }
     return {key: value for key, value in found.items() if value is not None}
@@ -64,11 +66,23 @@ def differences(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first
 
 
 def _sentence(key: str, expected: Any, value: Any) -> str:
+    if key == "unconditional_text":
+        return (
+            f"the calibration was made with {_texts(expected)}, this run used {_texts(value)}, which are encoded otherwise. The unconditional "
+            "text is the negative prompt, or the empty one; use that of the calibration"
+        )
     both = f"the calibration was made with {brief(expected)}, this run used {brief(value)}"
     return f"{both}. Of the {key}, {difference(expected, value)}" if key in _FINGERPRINTS else both
 
 
+def _texts(value: Any) -> str:
+    sizes = ", ".join(f"one of {text['tokens']} tokens and size {text['parts'][-1][0]:.3g}" for text in value[:3])
+    return f"{len(value)} text{'s' if len(value) > 1 else ''} ({sizes})"
+
+
 def _same(key: str, expected: Any, value: Any) -> bool:
+    if key == "unconditional_text":
+        return same_texts(expected, value)
     if key in _FINGERPRINTS:
         return same_fingerprint(expected, value)
     if key in _LEVELS:
@@ -83,6 +97,8 @@ def check_setting(setting: Mapping[str, Any]) -> None:
     for key, value in setting.items():
         if key in _FINGERPRINTS:
             fits = is_fingerprint(value)
+        elif key == "unconditional_text":
+            fits = are_texts(value)
         elif key in _LEVELS:
             fits = isinstance(value, list) and all(type(level) in (int, float) for level in value)
         elif key in _BY_EVALUATION:
