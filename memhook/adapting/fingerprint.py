@@ -108,6 +108,17 @@ class _Parts:
                     buffers[_name(start + name)] = buffer
         return _Parts(sorted(parameters.items(), key=lambda item: item[0]), sorted(buffers.items(), key=lambda item: item[0]))
 
+    @staticmethod
+    def of_adapter(module: nn.Module, adapter: str) -> _Parts:
+        """What peft added under this name."""
+        found = []
+        for name, part in module.named_modules():
+            if is_adapted(part):
+                for own, tensor in part.named_parameters():
+                    if not own.startswith("base_layer.") and adapter in own.split("."):
+                        found.append((f"{_name(name)}.{own.replace(f'.{adapter}', '')}", tensor))
+        return _Parts(sorted(found, key=lambda item: item[0]), [])
+
     def tensors(self) -> list[Tensor]:
         return [part for _, tensor in (*self.parameters, *self.buffers) for part in plain(tensor)]
 
@@ -218,7 +229,7 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(number) in (int, float) for number in value)
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], list[Tensor], Taken]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str | None, tuple[tuple[Any, ...], list[Tensor], Taken]]] = weakref.WeakKeyDictionary()
 
 
 class Snapshot:
@@ -228,12 +239,12 @@ class Snapshot:
     elements of each tensor; to compare these waits for the device, so elsewhere than on the CPU it is left until somebody reads.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self._name = name
+    def __init__(self, name: str, module: nn.Module, adapter: str | None = None) -> None:
+        self._name, self._adapter = name, adapter
         self._module = weakref.ref(module)
-        parts = _Parts.of(module)
+        parts = self._parts(module)
         self._state, self._probe = parts.state(), probe(parts.tensors())
-        known = _known.get(module)
+        known = _known.get(module, {}).get(adapter)
         waits = any(part.device.type != "cpu" for part in self._probe)
         self._earlier: list[Tensor] | None = None  # what the probe is still to be compared with
         if known is not None and known[0] == self._state and (waits or equal(known[1], self._probe)):
@@ -244,9 +255,12 @@ class Snapshot:
         if not waits:
             del self._taken, self._probe, self._state  # a trace that keeps this keeps no tensor
 
+    def _parts(self, module: nn.Module) -> _Parts:
+        return _Parts.of(module) if self._adapter is None else _Parts.of_adapter(module, self._adapter)
+
     def _keep(self, module: nn.Module, parts: _Parts) -> Taken:
         taken = _take(parts)
-        _known[module] = self._state, self._probe, taken
+        _known.setdefault(module, {})[self._adapter] = self._state, self._probe, taken
         return taken
 
     def read(self) -> dict[str, Any]:
@@ -263,7 +277,7 @@ class Snapshot:
 
     def _again(self) -> Taken:
         module = self._module()
-        parts = None if module is None else _Parts.of(module)
+        parts = None if module is None else self._parts(module)
         if module is None or parts is None or parts.state() != self._state or not equal(probe(parts.tensors()), self._probe):
             raise MemhookError(
                 f"the weights of the {self._name} were changed through `.data`, which torch does not count, before this run and again since, so its "
@@ -272,22 +286,40 @@ class Snapshot:
         return self._keep(module, parts)
 
 
+def adapter_later(module: nn.Module, name: str, adapter: str) -> Callable[[], dict[str, Any]]:
+    """The same of the weights that an adapter of peft has in ``module``."""
+    return Snapshot(name, module, adapter).read
+
+
 class Fingerprinted:
     """Fingerprints of modules, taken when asked for, without keeping the modules alive."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
 
-    def snapshot(self) -> Callable[[], dict[str, Any]]:
-        """The fingerprints as of now, without waiting for the device; call it to read them."""
-        found = {}
-        for name, reference in self._modules.items():
-            module = reference()
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that are left.
+
+        Raises:
+            MemhookError: One was deleted.
+        """
+        found = {name: reference() for name, reference in self._modules.items()}
+        for name, module in found.items():
             if module is None:
                 raise MemhookError(f"the {name} of this trace was deleted before its fingerprint was taken; keep it until the `with` block ends")
-            found[name] = read_later(module, name)
-        return lambda: {name: read() for name, read in found.items()}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """The fingerprints as of now, and what was done to the modules beside; without waiting for the device; call it to read them."""
+        from memhook.adapting.alterations import take  # which itself takes fingerprints
+
+        modules = self.modules()
+        found, altered = {name: read_later(module, name) for name, module in modules.items()}, take(modules)
+        return lambda: {
+            **{name: read() for name, read in found.items()},
+            **{field: value for field, value in altered().items() if value},
+        }
 
     def describe(self) -> dict[str, Any]:
-        """The fingerprints as of now."""
+        """The same, read at once."""
         return self.snapshot()()
