@@ -90,7 +90,14 @@ def _adapter(part: str, module: nn.Module, adapter: str, kind: str, scales: Sequ
     weights = adapter_later(module, part, adapter)
     # Where layers differ in their scale, a sum with weights tells which ones do.
     pattern = math.fsum(scale * (1 + math.sin(place)) for place, scale in enumerate(scales)) / len(scales)
-    about = {"part": part, "name": adapter, "kind": kind, "scale": _short(math.fsum(scales) / len(scales)), "pattern": _short(pattern)}
+    about = {
+        "part": part,
+        "name": adapter,
+        "kind": kind,
+        "scale": _short(math.fsum(scales) / len(scales)),
+        "pattern": _short(pattern),
+        "even": len(set(scales)) == 1,
+    }
     return lambda: {**about, "fused": fused, "weights": weights()}
 
 

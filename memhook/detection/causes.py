@@ -54,8 +54,7 @@ def _strength(adapter: Mapping[str, Any]) -> str:
     if adapter["fused"]:
         return "fused into the weights"
     mean = float(f"{adapter['scale']:.3g}")
-    evenly = math.isclose(adapter["scale"], adapter["pattern"], rel_tol=0.5)
-    return f"at {mean}" if evenly else f"at {mean} on average, not the same in all layers"
+    return f"at {mean}" if adapter["even"] else f"at {mean} on average, not the same in all layers"
 
 
 def are_adapters(value: object) -> bool:
@@ -64,7 +63,7 @@ def are_adapters(value: object) -> bool:
         isinstance(item, dict)
         and all(isinstance(item.get(key), str) for key in ("part", "name", "kind"))
         and all(type(item.get(key)) in (int, float) for key in ("scale", "pattern"))
-        and type(item.get("fused")) is bool
+        and all(type(item.get(key)) is bool for key in ("fused", "even"))
         and is_fingerprint(item.get("weights"))
         for item in value
     )

@@ -76,7 +76,7 @@ def differences(calibrated: Mapping[str, Any], seen: Mapping[str, Any], *, first
         absent["inputs"] = {}
     calibrated, seen = {**absent, **calibrated}, {**absent, **seen}
     guidance = _guidance(calibrated, seen)
-    shared = sorted(calibrated.keys() & seen.keys(), key=lambda key: (key not in _CAUSES, key))
+    shared = sorted(calibrated.keys() & seen.keys(), key=lambda key: (_CAUSES.index(key) if key in _CAUSES else len(_CAUSES), key))
     found = {
         key: _sentence(key, calibrated[key], seen[key]) for key in shared if key != "guidance_scale" and not _same(key, calibrated[key], seen[key])
     }
