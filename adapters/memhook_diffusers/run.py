@@ -58,7 +58,7 @@ class Run:
         schedulers: Sequence[Any],
         why_missing: Callable[[dict[str, Any]], str],
         remedy: str,
-        setting: Callable[[Sequence[Call], Mapping[str, Any]], Callable[[], Mapping[str, Any]]],
+        setting: Callable[[Sequence[Call], Mapping[str, Any]], Callable[[], Mapping[str, Any]]] | None = None,
         encode: PipelineEncoder | None = None,
     ) -> None:
         self._watcher, self._name, self._encode = watcher, name, encode
@@ -148,7 +148,7 @@ class Run:
             self._timesteps = weakref.ref(timesteps)
             self._layouts = {}
             self._about = None
-        if self._about is None:
+        if self._about is None and self._setting is not None:
             self._about = self._setting(calls, step)
 
     def _lone(self, way: Cut, space: Space, timestep: Any, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What was done to a model beside its own weights: adapters (LoRA), quantization, patched methods and hooks, attention processors."""
+"""What was done to a model beside its own weights: adapters (LoRA), quantization, patched methods, attention processors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from memhook.adapting.fingerprint import adapter_later, is_adapted
+from memhook.adapting.snapshots import adapter_later, is_adapted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FIELDS = ("adapters", "quantization", "patched", "processors")
-_HARMLESS = ("torch", "accelerate", "diffusers", "transformers", "peft", "memhook")  # whose hooks and stand-ins do not change what is predicted
+_HARMLESS = ("torch", "accelerate", "diffusers", "transformers", "peft", "memhook")  # whose stand-ins do not change what is predicted
 _HOSTS = ("diffusers", "transformers", "memhook_diffusers")
 _QUANTIZERS = ("torch.ao.", "torchao.", "optimum.quanto", "bitsandbytes", "diffusers.quantizers", "gguf", "hqq", "gptqmodel", "awq", "nunchaku")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -154,10 +154,6 @@ def _patches(module: nn.Module) -> Iterator[str]:
         yield f"{kind}.forward is {replaced}, for the class"
     if any(base.__module__.split(".")[0] in _HOSTS[:2] for base in type(module).__mro__[1:]) and not _of_known(type(module).__module__):
         yield f"{kind} is a class of {type(module).__module__}"
-    for table in (module._forward_pre_hooks, module._forward_hooks):
-        for hook in list(table.values()):
-            if not _harmless(hook):
-                yield f"hook {_called(hook)} on {kind}"
     registry = module.__dict__.get("_diffusers_hook", module._modules.get("_diffusers_hook"))
     for name in list(getattr(registry, "hooks", ())):
         if "offload" not in name and "parallel" not in name:

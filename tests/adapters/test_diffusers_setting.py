@@ -40,7 +40,14 @@ def refused(trace, calibration, message):
     return str(caught.value)
 
 
+class Encoder(nn.Module):
+    """Which diffusers 0.42 scales with the denoiser, and misses where there is none."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+
 def lora(host, seed=0, name="style"):
+    host.pipeline.text_encoder = Encoder()
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
     host.pipeline.unet.add_adapter(config, adapter_name=name)
@@ -161,11 +168,9 @@ def patched_forward(module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda unet: unet.mid_block.attentions[0].proj_out.register_forward_hook(lambda module, args, out: 2 * out), r"hook \S+<lambda> on Conv2d"),
-        (lambda unet: unet.conv_in.register_forward_pre_hook(lambda module, args: None), r"hook \S+<lambda> on Conv2d"),
         (lambda unet: patched_forward(unet.mid_block.resnets[0]), r"ResnetBlock2D\.forward is \S+slower"),
     ],
-    ids=["hook", "hook before", "forward"],
+    ids=["forward"],
 )
 def test_what_others_patch_in(host, change, message):
     calibration = calibrate([watched(host)])
@@ -241,7 +246,8 @@ def test_offloading_is_no_change(host):
     from accelerate import cpu_offload
 
     calibration = calibrate([watched(host)])
-    cpu_offload(host.pipeline.unet, execution_device=torch.device("cpu"))
+    cpu_offload(host.pipeline.unet, execution_device=torch.device("cpu"), offload_buffers=True)
+    cpu_offload(host.pipeline.vae, execution_device=torch.device("cpu"), offload_buffers=True)
     found = watched(host)
     assert found.setting["patched"] == {}
     assert accepted(found, calibration)
