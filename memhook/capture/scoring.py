@@ -200,6 +200,17 @@ class Scoring:
         self._first: Evaluation | None = None
         self._history: list[Tensor] = []
 
+    def forget(self) -> None:
+        """The block has ended: let go of the evaluations that scores looked back to."""
+        self._previous = self._first = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a trace needs to be read: not the scores themselves, which may be functions of anybody's."""
+        return {"scores": tuple(replace(scored, compute=None) for scored in self.scores)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["scores"])  # type: ignore[misc]
+
     def wants_roles(self) -> bool:
         """Whether the roles of the coming evaluation must be known."""
         return any(self._comes(scored) for scored in self._others)

@@ -14,7 +14,7 @@ import numpy as np
 
 from memhook.capture.scoring import MAGNITUDE
 from memhook.capture.trace import Trace, per_prompt, prompt_mean
-from memhook.detection.setting import brief, check_setting, differences, first_part, run_setting
+from memhook.detection.setting import brief, can_differ, check_setting, differences, first_part, run_setting
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.scores.stored import read_calibration_file
 
@@ -168,7 +168,7 @@ class Calibration:
         Raises:
             CalibrationError: The setting has no such field.
         """
-        unknown = sorted(set(fields) - self.setting.keys())
+        unknown = sorted(set(fields) - can_differ(self.setting))
         if unknown:
             known = ", ".join(sorted(self.setting)) or "nothing, since it was made of bare scores"
             raise CalibrationError(f"there is no setting {', '.join(unknown)} to accept a difference in; this calibration knows {known}")

@@ -1,5 +1,7 @@
 """Scores of one's own and published ones, computed while a run goes on."""
 
+import pickle
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -160,3 +162,23 @@ def test_a_score_that_is_nan_is_no_clean_prompt(unet):
     bad = memhook.score(name="bad")(lambda evaluation: torch.full((2,), torch.nan))
     with pytest.raises(memhook.CalibrationError, match="or the score 'bad' is"):
         memhook.calibrate(watched(unet, bad), first=1)
+
+
+def test_a_pickled_trace_has_its_scores_and_needs_none_of_their_code(unet):
+    trace = watched(unet, [memhook.score(name="local")(lambda evaluation: 2 * half(evaluation)), Power(3.0)])
+    again = pickle.loads(pickle.dumps(trace))  # noqa: S301 -- our own
+    for name in ("local", "power", "magnitude"):
+        np.testing.assert_array_equal(again.scores[name], trace.scores[name])
+    assert again.scored("power").describe() == as_scored(Power(3.0)).describe()
+
+
+def test_nothing_but_numbers_is_kept_after_the_block(unet):
+    seen = []
+
+    @memhook.score(needs="previous")
+    def kept(evaluation, previous):
+        seen.append(weakref.ref(previous.pred_cond))
+        return previous.pred_cond.flatten(1).sum(1)
+
+    watched(unet, kept)
+    assert [reference() for reference in seen] == [None] * 3
