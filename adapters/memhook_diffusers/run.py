@@ -185,7 +185,7 @@ class Run:
         if answer.embedding is not None and prediction.embedding is not None and prediction.path is not None and call.record is not None:
             repeats = len(embedding_of(call, prediction.path)) // call.record.batch  # the frames of a video
             substitute = Substitution(prediction.path, prediction.embedding, answer.embedding, answer.substituted, repeats=repeats)
-            for denoiser in filter(None, (reference() for reference in self._denoisers)):
+            for denoiser in [found for reference in self._denoisers if (found := reference()) is not None]:  # a compiled module has no truth value
                 self.changes.enter_context(
                     hook_arguments(denoiser, lambda args, kwargs: substitute(args, kwargs) if self._watcher.listening else (args, kwargs))
                 )
