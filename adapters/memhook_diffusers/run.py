@@ -82,6 +82,10 @@ class Run:
             if call is not None:
                 self._calls.append(call)
 
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
+
     def on_guider(self, guider: Any, arguments: dict[str, Any]) -> None:  # noqa: ARG002 -- the form of a tap's listener
         """A guider is given its predictions by name."""
         if self._watcher.listening:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.arguments import hook_calls_as_made
+from memhook.adapting.hooks import Replaced, hook_arguments
 from memhook.adapting.pairs import read_output
 from memhook.adapting.substitution import replace_prediction
 from memhook.adapting.tensors import version
@@ -169,8 +170,9 @@ class Run:
         if any(reference() is denoiser for reference in self._hooked):
             return
         self._hooked.append(weakref.ref(denoiser))
-        self.hooks.enter_context(hook_calls(denoiser, self.on_call))
         self.hooks.enter_context(hook_arguments(denoiser, self.on_arguments))
+        keeps = lambda: self._watcher.listening and self._watcher.wants_evaluations  # noqa: E731 -- too short for a name of its own
+        self.hooks.enter_context(hook_calls_as_made(denoiser, self.on_call, keep=keeps))
 
     # ---- private --------------------------------------------------------------------------------------------------
 

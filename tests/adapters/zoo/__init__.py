@@ -4,6 +4,8 @@
 """
 
 from tests.adapters.zoo import (  # noqa: F401 -- they register their families
+    corners,
+    corners,
     extras,
     forms,
     images,
