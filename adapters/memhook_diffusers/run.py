@@ -108,7 +108,7 @@ class Run:
         self._new_run(scheduler)
         used = [call for call, _, _, _ in ways[0]]
         seen = find_timestep(used[0].args, used[0].kwargs)
-        timestep = seen if seen is not None else arguments.get("timestep")
+        timestep = seen if seen is not None and not _several(seen) else arguments.get("timestep", seen)
         if any(call.changed for call in used):
             self._lone(ways[0], space_of(scheduler), timestep, f"{self._name} changed its predictions in place before they could be read")
             return None
@@ -233,6 +233,11 @@ def _settling(
         return decision.final
 
     return settle
+
+
+def _several(timestep: Any) -> bool:
+    """Whether tokens or frames of a sample have times of their own, of which some are given and stand still (Wan 2.2 5B, Cosmos 2)."""
+    return isinstance(timestep, Tensor) and timestep.ndim > 1 and timestep.shape[1:].numel() > 1
 
 
 def _of_this_run(calls: Sequence[Call], scheduler: Any) -> list[Call]:

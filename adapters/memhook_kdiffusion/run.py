@@ -134,6 +134,10 @@ class Run:
             self._opened.calls.append(read_call(module, args, kwargs, output, find=self._finder(), keep=self._watcher.wants_evaluations))
         return None
 
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
+
     def on_close(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Replaced | None:
         """The wrapper has returned."""
         if not self._watcher.listening or self._opened is None:
@@ -171,8 +175,7 @@ class Run:
             return
         self._hooked.append(weakref.ref(denoiser))
         self.hooks.enter_context(hook_arguments(denoiser, self.on_arguments))
-        keeps = lambda: self._watcher.listening and self._watcher.wants_evaluations  # noqa: E731 -- too short for a name of its own
-        self.hooks.enter_context(hook_calls_as_made(denoiser, self.on_call, keep=keeps))
+        self.hooks.enter_context(hook_calls_as_made(denoiser, self.on_call, keep=self.keeps))
 
     # ---- private --------------------------------------------------------------------------------------------------
 

@@ -50,8 +50,8 @@ class LoopCall:
         """Raise where the loop has changed an argument in place since: the unconditional pass would be made on something else."""
         if self.versions != _versions(self.args, self.kwargs):
             raise MemhookError(
-                "an argument of the denoiser (noisy sample, timestep or embedding) was changed in place, by the denoiser itself or between its call and "
-                "the mean of the loss; expected it as it was, for the unconditional pass. Change a copy, or call mean before"
+                "an argument of the denoiser (noisy sample, timestep or embedding) was changed in place, by the denoiser itself or between its "
+                "call and the mean of the loss; expected it as it was, for the unconditional pass. Change a copy, or call mean before"
             )
 
 

@@ -60,7 +60,7 @@ def test_untouched_arguments_are_the_hosts_own():
 
 
 def test_a_call_that_fails_is_not_mixed_up_with_the_next(module):
-    sample, embedding, residuals, options = arguments()
+    sample, embedding, residuals, _options = arguments()
     seen = []
     with hook_calls_as_made(module, lambda _, args, kwargs, output: seen.append(kwargs)):
         with pytest.raises(RuntimeError):

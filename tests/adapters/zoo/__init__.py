@@ -5,7 +5,6 @@
 
 from tests.adapters.zoo import (  # noqa: F401 -- they register their families
     corners,
-    corners,
     extras,
     forms,
     images,

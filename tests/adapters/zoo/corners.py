@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import diffusers
-import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.adapters.zoo import images
+from tests.adapters.zoo.extras import Safe, cosmos_transformer
 from tests.adapters.zoo.family import Host, family, randomize
-from tests.adapters.zoo.transformers import hunyuan_dit
+from tests.adapters.zoo.models import wan_transformer, wan_vae
+from tests.adapters.zoo.transformers import host, hunyuan_dit, text
+from tests.adapters.zoo.videos import VIDEO
+
+if TYPE_CHECKING:
+    import torch
 
 
 def adapter(channels: tuple[int, ...], kind: str) -> torch.nn.Module:
@@ -38,3 +46,23 @@ def _() -> Host:
         )
 
     return hunyuan_dit("HunyuanDiTControlNetPipeline", controlnet=controlnet, control_image=images.picture())
+
+
+@family("WanPipeline, a time for every token", "c|u")
+def _() -> Host:
+    components = {"transformer": wan_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": wan_vae()}
+    return host("WanPipeline", {**components, "expand_timesteps": True}, **VIDEO, **text())
+
+
+@family("WanImageToVideoPipeline, a time for every token", "c|u")
+def _() -> Host:
+    components = {"transformer": wan_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": wan_vae()}
+    one = {name: value[:1] for name, value in text().items()}
+    return host("WanImageToVideoPipeline", {**components, "expand_timesteps": True}, image=images.picture(size=32)[:1], **VIDEO, **one)
+
+
+@family("Cosmos2VideoToWorldPipeline, a time for every frame", "c|u", roles=("assumed",))  # the given frame is put over the predictions
+def _() -> Host:
+    components = {"transformer": cosmos_transformer(in_channels=5), "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)}
+    components |= {"vae": wan_vae(), "safety_checker": Safe()}
+    return host("Cosmos2VideoToWorldPipeline", components, image=images.picture(size=32)[:1], **VIDEO, **{n: v[:1] for n, v in text().items()})
