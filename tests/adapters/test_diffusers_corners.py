@@ -9,11 +9,14 @@ from memhook.testing.state import changes, snapshot
 from tests.adapters.zoo import FAMILIES
 from tests.adapters.zoo.family import STEPS
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning", "ignore:In CPU autocast")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning:diffusers", "ignore::DeprecationWarning", "ignore:In CPU autocast", "ignore:Mismatch dtype"
+)
 
 
 def latents(result):
-    return torch.as_tensor(np.asarray(result[0] if isinstance(result, (list, tuple)) else result))
+    found = result[0] if isinstance(result, (list, tuple)) else result
+    return found if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
 
 
 def guarded(host, *, toward=0.1):
@@ -46,3 +49,34 @@ def test_the_time_of_a_run_is_that_of_what_is_denoised(name):
     else:
         with pytest.warns(UserWarning, match="cannot be repaired"):
             guarded(host)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline, true_cfg_scale", "StableDiffusionPipeline, guidance_rescale"])
+def test_a_guard_under_autocast(name):
+    """What was combined is taken apart in full precision, whatever mode the host runs in: no warning, and the flagged sample changes."""
+    host = FAMILIES[name].build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, changed, report = guarded(host)
+    loud = int(report.flagged.argmax())
+    assert torch.equal(changed[1 - loud], plain[1 - loud])
+    assert not torch.equal(changed[loud], plain[loud])
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_a_list_with_a_tensor_for_each_row(prompts):
+    """As many rows as the list is long, and not as many as its tensors have channels (4, as with two prompts)."""
+    host = FAMILIES["ZImagePipeline, negated, a list of embeddings"].build()
+    texts = {
+        name: [torch.randn(5, 8, generator=torch.Generator().manual_seed(seed + number)) for number in range(prompts)]
+        for name, seed in (("prompt_embeds", 0), ("negative_prompt_embeds", 10))
+    }
+    run = host.run
+    host.run = lambda: run(**texts)
+    plain, changed, report = guarded(host)
+    assert report.substituted == STEPS - 1
+    loud = int(report.flagged.argmax())
+    assert [torch.equal(changed[number], plain[number]) for number in range(prompts)] == [number != loud for number in range(prompts)]
+    with memhook.watch(host.pipeline, keep="calls") as trace:
+        host.run()
+    evaluation = trace.evaluations[1]
+    torch.testing.assert_close(evaluation.objective(evaluation.embedding).detach(), torch.from_numpy(trace.magnitudes[1]))
