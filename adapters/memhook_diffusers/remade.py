@@ -32,7 +32,8 @@ def remade(way: Cut, cond: int, embedding: Tensor, *, also: bool) -> dict[int, T
         ReplayError: A call cannot be made again.
     """
     predictions = [prediction for *_, found in way for prediction in found]
-    text, result, number = predictions[cond].embedding, {}, 0
+    text, number = predictions[cond].embedding, 0
+    result: dict[int, Tensor] = {}
     for call, _, _, found in way:
         wanted = [index for index in range(len(found)) if (also or number + index != cond) and _same(found[index].embedding, text)]
         path, record, values = found[0].path, call.record, raw_output(call.output)

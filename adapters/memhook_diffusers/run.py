@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from memhook.adapting.hooks import hook_arguments
-from memhook.adapting.pairs import PairRecorder, Prediction, find_timestep
+from memhook.adapting.pairs import PairRecorder, find_timestep
 from memhook.adapting.substitution import Substitution
 from memhook.capture.trace import Row
 from memhook.errors import ReplayError
 from memhook_diffusers.calls import Call, Conditioning, make_call
 from memhook_diffusers.layout import Layout, Numbers, Reading
-from memhook_diffusers.parts import space_of
 from memhook_diffusers.outputs import raw_output
+from memhook_diffusers.parts import space_of
 from memhook_diffusers.remade import new_variance, remade
 from memhook_diffusers.repairs import repaired
 from memhook_diffusers.replays import make_replay

@@ -62,7 +62,7 @@ class _Given:
         if not isinstance(value, (list, dict, tuple)):
             return value
         _, contents = self._containers.get(id(value), (value, value))
-        if isinstance(contents, dict):
+        if isinstance(contents, dict) and isinstance(value, dict):
             items: Any = {key: self.restored(item) for key, item in contents.items()}
             same = items.keys() == value.keys() and all(items[key] is value[key] for key in items)
         else:
