@@ -14,6 +14,7 @@ from memhook.exports import lazy_exports
 if TYPE_CHECKING:
     from memhook.adapting.module import ModuleAdapter
     from memhook.attribution.gradient import TokenAttribution, attribute_tokens
+    from memhook.attribution.leave_one_out import LeaveOneOut, leave_one_out
     from memhook.attribution.tokens import Tokens, prompt_tokens
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation, magnitude
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         ReplayError,
     )
     from memhook.hookspecs import hookimpl
+    from memhook.mitigation.edits import Edits, suggest_edits
     from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding, per_sample_target
     from memhook.mitigation.guard import guard, mitigate
     from memhook.mitigation.guard_report import Guard
@@ -46,6 +48,7 @@ else:  # nothing of torch until one of these is used
         {
             "memhook.adapting.module": ["ModuleAdapter"],
             "memhook.attribution.gradient": ["TokenAttribution", "attribute_tokens"],
+            "memhook.attribution.leave_one_out": ["LeaveOneOut", "leave_one_out"],
             "memhook.attribution.tokens": ["Tokens", "prompt_tokens"],
             "memhook.capture.intervention": ["Intervention"],
             "memhook.capture.prediction": ["Evaluation", "magnitude"],
@@ -66,6 +69,7 @@ else:  # nothing of torch until one of these is used
                 "ReplayError",
             ],
             "memhook.hookspecs": ["hookimpl"],
+            "memhook.mitigation.edits": ["Edits", "suggest_edits"],
             "memhook.mitigation.embedding": ["OptimizedEmbedding", "optimize_embedding", "per_sample_target"],
             "memhook.mitigation.guard": ["guard", "mitigate"],
             "memhook.mitigation.guard_report": ["Guard"],
@@ -84,10 +88,12 @@ __all__ = [
     "CalibrationMismatchError",
     "CleanSpectrum",
     "Detection",
+    "Edits",
     "Evaluation",
     "Guard",
     "GuidanceLayoutError",
     "Intervention",
+    "LeaveOneOut",
     "MemhookError",
     "MemorizationDetectedError",
     "ModuleAdapter",
@@ -105,6 +111,7 @@ __all__ = [
     "guard",
     "hookimpl",
     "keep_mask",
+    "leave_one_out",
     "magnitude",
     "masked_mean",
     "mitigate",
@@ -113,6 +120,7 @@ __all__ = [
     "probe",
     "prompt_tokens",
     "stop_rule",
+    "suggest_edits",
     "training_filter",
     "watch",
 ]

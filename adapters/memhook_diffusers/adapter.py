@@ -12,6 +12,7 @@ from torch import nn
 from memhook.adapting.arguments import hook_calls_as_made
 from memhook.adapting.fingerprint import Fingerprinted
 from memhook.errors import NoAdapterError
+from memhook_diffusers.encoding import PipelineEncoder
 from memhook_diffusers.parts import Parts, find_parts
 from memhook_diffusers.processors import restored_if_ended
 from memhook_diffusers.reasons import remedy, why_missing
@@ -65,9 +66,14 @@ class DiffusersAdapter:
         parts, name = find_parts(pipeline), type(pipeline).__name__
         denoisers, schedulers = list(parts.denoisers.values()), list(parts.schedulers.values())
         why = functools.partial(why_missing, name)
-        run = Run(watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline))
+        encode = PipelineEncoder.of(pipeline)
+        run = Run(
+            watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline), encode=encode
+        )  # fmt: skip
         with contextlib.closing(run.changes), restored_if_ended(denoisers), contextlib.ExitStack() as stack:
             _listen(stack, parts, run)
+            if encode is not None:
+                stack.enter_context(listen_to(pipeline, "encode_prompt", encode.on_use))
             del pipeline, parts, denoisers, schedulers  # the block must not keep them alive
             yield
             run.finish()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from memhook.adapting.pairs import Prediction
 from memhook.adapting.replay import CallRecord, Path, look_up
-from memhook.adapting.tensors import copy_of, row_hash, version
+from memhook.adapting.tensors import copy_of, leaves, row_hash, version
 from memhook_diffusers.outputs import Reader, noisy_part, raw_output
 from memhook_diffusers.replays import PipelineCall
-from memhook_diffusers.text import find_sample, find_text, leaves, read_text, row_of
+from memhook_diffusers.text import find_sample, find_text, read_text, row_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Space
     from memhook.hookspecs import Watcher
+    from memhook_diffusers.encoding import PipelineEncoder
     from memhook_diffusers.roles import Decision
 
 
@@ -60,8 +61,9 @@ class Run:
         schedulers: Sequence[Any],
         why_missing: Callable[[dict[str, Any]], str],
         remedy: str,
+        encode: PipelineEncoder | None = None,
     ) -> None:
-        self._watcher, self._name = watcher, name
+        self._watcher, self._name, self._encode = watcher, name, encode
         self._why_missing, self._remedy = why_missing, remedy
         self._denoisers = [weakref.ref(denoiser) for denoiser in denoisers]
         self._schedulers = [weakref.ref(scheduler) for scheduler in schedulers]
@@ -243,7 +245,7 @@ class Run:
             return replace(evaluation, pred_uncond=None)
         cond, uncond = predictions[decision.cond], predictions[decision.uncond]
         evaluation = self._recorder.evaluation(cond, uncond, space=space, roles=decision.roles, timestep=timestep)
-        return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name))
+        return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name), encode=self._encode)
 
 
 def _settling(

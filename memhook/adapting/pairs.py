@@ -215,5 +215,6 @@ class PairRecorder:
             pred_cond, pred_uncond = copy_of(pred_cond), copy_of(pred_uncond)
         replay = None
         if cond.call is not None and cond.embedding is not None and cond.path is not None:
-            replay = Replay(cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read)
+            against = (uncond.call, uncond.rows) if uncond.call is not None and uncond is not cond else None
+            replay = Replay(cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read, against=against)
         return Evaluation(pred_cond, pred_uncond, space=space, roles=roles, timestep=timestep, sigma=sigma, embedding=cond.embedding, replay=replay)

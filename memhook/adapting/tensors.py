@@ -39,6 +39,25 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:
+    """Every tensor among a call's arguments, with where it stands."""
+
+    def walk(value: Any, path: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(item, (*path, key))
+        elif isinstance(value, (list, tuple)):
+            for key, item in enumerate(value):
+                yield from walk(item, (*path, key))
+
+    for position, value in enumerate(args):
+        yield from walk(value, (position,))
+    for name, value in kwargs.items():
+        yield from walk(value, (name,))
+
+
 def like(tree: Any, items: dict[Any, Any] | list[Any]) -> Any:
     """The items in a container of the kind of ``tree``; in a plain one where that kind cannot be made of its items."""
     kind = type(tree)
