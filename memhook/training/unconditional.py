@@ -153,7 +153,9 @@ def timesteps_of(call: LoopCall) -> Tensor:
     found = find_timestep(call.args, call.kwargs)
     if found is None:
         return torch.full((batch,), float("nan"))
-    timesteps = torch.as_tensor(found).detach().cpu().reshape(-1)
+    given = torch.as_tensor(found).detach().cpu()
+    own = given.ndim > 1 and len(given) == batch and given.numel() > batch  # a time for each token or frame; those that are given have a low one
+    timesteps = given.flatten(1).amax(1) if own else given.reshape(-1)
     if len(timesteps) not in (1, batch):
         raise MemhookError(f"the denoiser was given {len(timesteps)} timesteps for a batch of {batch}; expected one, or one for each sample")
     return timesteps.expand(batch) if len(timesteps) == 1 else timesteps

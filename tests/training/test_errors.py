@@ -259,3 +259,14 @@ def test_embeddings_without_rows_of_the_batch(model):
     with raises("no embedding of 2 rows"), filtered(model, embedding="encoder_hidden_states") as f:
         model(sample, t, encoder_hidden_states=embeddings(1.0))
         f.keep()
+
+
+class Overwriting(Plain):
+    def forward(self, sample, timestep, encoder_hidden_states):
+        return super().forward(sample.mul_(0.5), timestep, encoder_hidden_states)
+
+
+def test_the_denoiser_writes_into_what_it_is_given():
+    overwriting = Overwriting()
+    with raises("changed in place, by the denoiser itself"), filtered(overwriting) as f:
+        step(overwriting, f, 0.5, 3.0)
