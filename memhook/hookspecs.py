@@ -58,7 +58,7 @@ class Adapter(Protocol):
     """One host object, ready to be watched.
 
     An adapter that honors the `Intervention` that `Watcher.emit` may answer says so with a class attribute ``intervenes = True``; one whose
-    evaluations can be made again elsewhere (`Evaluation.predict`), with ``gives = frozenset({"sample gradient"})``.
+    evaluations have more than scores can count on everywhere, with one ``gives``, such as ``frozenset({"attention"})``.
     """
 
     host: str
@@ -95,7 +95,7 @@ class Score(Protocol):
     name: str
     needs: str | tuple[str, ...]
     """What it is made of: any of ``"pair"`` (both predictions), ``"previous"`` (the evaluation before), ``"first"`` (the run's first),
-    ``"history"`` (the run's magnitudes so far, ``(k, b)``), ``"sample gradient"`` (`Evaluation.predict`), ``"attention"``, ``"decoded"``."""
+    ``"history"`` (the run's magnitudes so far, ``(k, b)``), ``"sample gradient"``, ``"attention"``, ``"decoded"`` (of adapters that say so in ``gives``)."""
 
     def __call__(self, evaluation: Evaluation, /, *others: Any) -> Tensor | None:
         """``(b,)`` on the device of the predictions, without waiting for it; None where there is none for this evaluation.

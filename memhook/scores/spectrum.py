@@ -196,6 +196,8 @@ def _transform(difference: Tensor) -> Tensor:
 def _timestep(evaluation: Evaluation) -> float | None:
     if evaluation.timestep is None:
         return None
+    if not isinstance(evaluation.timestep, Tensor):
+        return float(np.float32(evaluation.timestep))
     values = torch.as_tensor(evaluation.timestep).float().flatten()
     if bool((values != values[0]).any()):
         raise MemhookError("the samples of this evaluation are at different timesteps; a spectrum holds for one: part them with Evaluation.take")
