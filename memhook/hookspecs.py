@@ -95,7 +95,8 @@ class Score(Protocol):
     name: str
     needs: str | tuple[str, ...]
     """What it is made of: any of ``"pair"`` (both predictions), ``"previous"`` (the evaluation before), ``"first"`` (the run's first),
-    ``"history"`` (the run's magnitudes so far, ``(k, b)``), ``"sample gradient"``, ``"attention"``, ``"decoded"`` (of adapters that say so in ``gives``)."""
+    ``"history"`` (the run's magnitudes so far, ``(k, b)``), or what an adapter says that it
+    ``gives``: ``"sample gradient"``, ``"attention"``, ``"decoded"``."""
 
     def __call__(self, evaluation: Evaluation, /, *others: Any) -> Tensor | None:
         """``(b,)`` on the device of the predictions, without waiting for it; None where there is none for this evaluation.

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from memhook.capture.scoring import Magnitude
 from memhook.hookspecs import hookimpl
 from memhook.scores.dsm import Dsm
+from memhook.scores.transition import TransitionPoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PUBLISHED: tuple[Any, ...] = (Magnitude(), Dsm())
+PUBLISHED: tuple[Any, ...] = (Magnitude(), Dsm(), TransitionPoint())
 """Scores that need nothing but their published parameters; those that are made of something (a mask, a spectrum) are given as they are."""
 
 

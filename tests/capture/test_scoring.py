@@ -66,6 +66,20 @@ def test_dsm_agrees_with_its_formula_and_the_first_evaluation_has_none(unet):
     np.testing.assert_array_equal(published[2], trace.scores["dsm"][2])
 
 
+def test_the_transition_point_agrees_with_its_formula(unet):
+    trace = Trace(score="transition_point")
+    runs = {"falls": [5, 4, 3, 2, 1], "early": [5, 4, 6, 3, 4], "late": [5, 4, 3, 2, 3], "flat": [5, 4, 4, 5, 6], "rises": [1, 2, 3, 4, 5]}
+    for row in zip(*runs.values(), strict=True):
+        values = torch.tensor(row, dtype=torch.float32)
+        trace.record(values[:, None], torch.zeros(len(runs), 1))
+    expected = []
+    for m in runs.values():
+        minima = [t for t in range(2, len(m)) if m[t] > m[t - 1] and m[t - 2] > m[t - 1]]
+        expected.append([0.0 if minima and t >= minima[0] else 1.0 for t in range(len(m))])
+    assert trace.scores["transition_point"].T.tolist() == expected
+    assert [sum(run) for run in expected] == [5, 2, 4, 5, 5]
+
+
 def test_dsm_needs_no_guidance(unet):
     trace = watched(unet, Dsm(at=1), guidance_scale=1.0, samples=3)
     assert np.isfinite(trace.scores["dsm"][1]).all()

@@ -28,7 +28,7 @@ class TestSpectrum(ScoreConformance):
         return memhook.CleanSpectrum(torch.ones(4, 8, 8), 1, "eps", 999.0)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "dsm"])
+@pytest.mark.parametrize("name", ["magnitude", "dsm", "transition_point"])
 def test_every_offered_score_is_right(name):
     assert check_score(name) == [check.__name__ for check in CHECKS]
 
