@@ -14,7 +14,8 @@ from memhook.exports import lazy_exports
 if TYPE_CHECKING:
     from memhook.adapting.module import ModuleAdapter
     from memhook.attribution.gradient import TokenAttribution, attribute_tokens
-    from memhook.attribution.leave_one_out import LeaveOneOut, leave_one_out
+    from memhook.attribution.left_out import LeaveOneOut, leave_one_out
+    from memhook.attribution.maps import DifferenceMap, difference_map
     from memhook.attribution.tokens import Tokens, prompt_tokens
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation, magnitude
@@ -47,8 +48,9 @@ else:  # nothing of torch until one of these is used
         __name__,
         {
             "memhook.adapting.module": ["ModuleAdapter"],
+            "memhook.attribution.maps": ["DifferenceMap", "difference_map"],
             "memhook.attribution.gradient": ["TokenAttribution", "attribute_tokens"],
-            "memhook.attribution.leave_one_out": ["LeaveOneOut", "leave_one_out"],
+            "memhook.attribution.left_out": ["LeaveOneOut", "leave_one_out"],
             "memhook.attribution.tokens": ["Tokens", "prompt_tokens"],
             "memhook.capture.intervention": ["Intervention"],
             "memhook.capture.prediction": ["Evaluation", "magnitude"],
@@ -88,6 +90,7 @@ __all__ = [
     "CalibrationMismatchError",
     "CleanSpectrum",
     "Detection",
+    "DifferenceMap",
     "Edits",
     "Evaluation",
     "Guard",
@@ -108,6 +111,7 @@ __all__ = [
     "attribute_tokens",
     "calibrate",
     "detect",
+    "difference_map",
     "guard",
     "hookimpl",
     "keep_mask",

@@ -59,7 +59,11 @@ class Adapter(Protocol):
         """Hook the host for the time of a ``with`` block; leave nothing behind, however the block ends."""
 
     def describe(self) -> Mapping[str, Any]:
-        """The setting that a calibration must agree with, as JSON values by field name; asked when somebody reads it."""
+        """The setting that a calibration must agree with, as JSON values by field name.
+
+        Asked when the block ends, after `attach` has, and when somebody reads the setting inside of it. An adapter for which that
+        would wait for a device may offer ``snapshot()`` as well, which takes the setting and answers a function that reads it later.
+        """
 
 
 @hookspec

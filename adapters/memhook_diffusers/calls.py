@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from memhook.adapting.pairs import Prediction
 from memhook.adapting.replay import CallRecord, Path, look_up
 from memhook.adapting.tensors import copy_of, leaves, row_hash, version
+from memhook.capture.texts import Text
 from memhook_diffusers.outputs import Reader, noisy_part, raw_output
 from memhook_diffusers.replays import PipelineCall
 from memhook_diffusers.text import find_sample, find_text, read_text, row_of
@@ -72,17 +73,17 @@ class Conditioning:
     """Fingerprints of conditioning, which are taken again only when the host passes another tensor."""
 
     def __init__(self) -> None:
-        self._last: dict[Path, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+        self._last: dict[Path, tuple[Tensor, tuple[Any, ...], tuple[Tensor, Text]]] = {}
 
-    def of(self, embedding: Tensor, path: Path) -> Tensor:
-        """``(batch,)`` int64."""
+    def of(self, embedding: Tensor, path: Path) -> tuple[Tensor, Text]:
+        """``(batch,)`` int64, and a few numbers of each text."""
         state = (embedding.data_ptr(), embedding.shape, embedding.stride(), version(embedding))
         seen = self._last.get(path)
         if seen is not None and seen[1] == state and state[-1] is not None:
             return seen[2]
-        hashes = row_hash(embedding)
-        self._last[path] = embedding, state, hashes  # the tensor too: memory that is held is not given to another
-        return hashes
+        found = row_hash(embedding), Text.of(embedding)
+        self._last[path] = embedding, state, found  # the tensor too: memory that is held is not given to another
+        return found
 
 
 def cut(call: Call, reader: Reader, values: Tensor) -> list[Prediction]:

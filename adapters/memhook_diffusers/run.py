@@ -37,7 +37,7 @@ from memhook_diffusers.ways import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Space
@@ -58,6 +58,7 @@ class Run:
         schedulers: Sequence[Any],
         why_missing: Callable[[dict[str, Any]], str],
         remedy: str,
+        setting: Callable[[Sequence[Call], Mapping[str, Any]], Callable[[], Mapping[str, Any]]] | None = None,
         encode: PipelineEncoder | None = None,
     ) -> None:
         self._watcher, self._name, self._encode = watcher, name, encode
@@ -72,6 +73,8 @@ class Run:
         self._layouts: dict[Any, Layout] = {}
         self._recorded = False
         self._unread: tuple[int, ...] | None = None  # what a scheduler was given that no output has the form of
+        self._setting = setting
+        self._about: Callable[[], Mapping[str, Any]] | None = None  # the setting of the run that goes on, as its first step showed it
         self._timesteps: Any = None  # the scheduler's, weakly: another tensor means another run
 
     # ---- what the hooks report ------------------------------------------------------------------------------------
@@ -103,8 +106,8 @@ class Run:
             self._unread = tuple(target.shape)
             return None  # a step of something that was not watched (the sound track of LTX 2)
         self._recorded = True
-        self._new_run(scheduler)
         used = [call for call, _, _, _ in ways[0]]
+        self._new_run(scheduler, calls, arguments)
         seen = find_timestep(used[0].args, used[0].kwargs)
         timestep = seen if seen is not None else arguments.get("timestep")
         if any(call.changed for call in used):
@@ -139,16 +142,19 @@ class Run:
 
     # ---- private --------------------------------------------------------------------------------------------------
 
-    def _new_run(self, scheduler: Any) -> None:
+    def _new_run(self, scheduler: Any, calls: Sequence[Call], step: Mapping[str, Any]) -> None:
         timesteps = getattr(scheduler, "timesteps", None)
         if isinstance(timesteps, Tensor) and (self._timesteps is None or self._timesteps() is not timesteps):
             self._timesteps = weakref.ref(timesteps)
             self._layouts = {}
+            self._about = None
+        if self._about is None and self._setting is not None:
+            self._about = self._setting(calls, step)
 
     def _lone(self, way: Cut, space: Space, timestep: Any, reason: str) -> None:
         prediction = way[-1][3][-1]
         self._watcher.missing(f"{reason}. {self._remedy}")
-        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), space=space)
+        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), space=space, about=self._about)
         evaluation = self._recorder.evaluation(prediction, prediction, space=space, roles="assumed", timestep=timestep)
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
@@ -169,7 +175,7 @@ class Run:
             name=self._name, reason=self._why_missing(ways[0][-1][0].kwargs), remedy=self._remedy,
         )  # fmt: skip
         values = readings[0].predictions[0].values
-        row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle)
+        row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle, about=self._about)
         if self._watcher.wants_evaluations:
             decision = decide()
             answer = self._watcher.emit(self._evaluation(readings, decision, space, timestep, doubled=doubled is not None), row)

@@ -25,7 +25,7 @@ from memhook_kdiffusion.calls import Call, find_declared, find_embedding, read_c
 from memhook_kdiffusion.conditioning import Names, Part, guidance_scale, read_conditioning
 from memhook_kdiffusion.matching import Pairing, doubt, find_by, in_order, match
 from memhook_kdiffusion.replays import Text, make_replay, read_text
-from memhook_kdiffusion.rows import Doubts, fingerprints, rows_of, same_inputs
+from memhook_kdiffusion.rows import Doubts, fingerprints, rows_of, same_inputs, unconditional_text
 from memhook_kdiffusion.space import Combined
 from memhook_kdiffusion.substitution import RowSubstitution
 
@@ -266,6 +266,8 @@ class Run:
             self._decide(doubts, guided)
             if not any(guided):
                 row.magnitude = None
+            if row.unconditional is not None:
+                row.unconditional = row.unconditional.rows([at for at, has in enumerate(guided) if has]) if any(guided) else None
             return True
 
         return Row(
@@ -273,6 +275,7 @@ class Run:
             sigma=opened.sigma,
             same_inputs=same_inputs(opened.calls, pairing) if self._form.layout is not None else None,
             conditioning=fingerprints(opened.calls, pairing),
+            unconditional=unconditional_text(opened.calls, pairing),
             shape=tuple(denoised.shape[1:]),
             roles="matched" if self._form.layout is None else None,
             scale=None if opened.scale is None else np.full(len(opened.x), opened.scale),

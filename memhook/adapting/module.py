@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.call_setting import adapter_scale, at_call
 from memhook.adapting.fingerprint import Fingerprinted
 from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
 from memhook.adapting.module_calls import Layout, Moment, Plan, held, read_layout
@@ -22,7 +23,7 @@ from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError, MemhookError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from memhook.adapting.replay import Path
     from memhook.capture.intervention import Intervention
@@ -98,6 +99,10 @@ class ModuleAdapter:
     def describe(self) -> Mapping[str, Any]:
         return self._fingerprint.describe()
 
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
+        return self._fingerprint.snapshot()
+
 
 class _Run:
     """Makes evaluations of the calls inside one watch."""
@@ -105,6 +110,8 @@ class _Run:
     def __init__(self, watcher: Watcher, *, plan: Plan, path: Path | None, space: Space) -> None:
         self._watcher, self._plan, self._path, self._space = watcher, plan, path, space
         self._recorder = PairRecorder()
+        self._about: Callable[[], Mapping[str, Any]] | None = None  # what the first call showed of the setting
+        self._scale = 1.0  # of adapters in it
         self._samples: int | None = None  # of the latest guided evaluation
         self._waiting: tuple[Prediction, Moment, Tensor] | None = None  # the first of two calls, and what the sampler has of it
         self.changes = contextlib.ExitStack()  # of the calls' arguments, once somebody intervened
@@ -121,6 +128,9 @@ class _Run:
             keep = self._watcher.wants_evaluations
             return split_call(module, args, kwargs, output, chunks=chunks, keep=keep, path=self._path, channels=channels)
 
+        scale = adapter_scale(kwargs)
+        if self._about is None or scale != self._scale:
+            self._about, self._scale = at_call({"model": module}, {type(module).__name__: kwargs}), scale
         batch, count, answer = values.shape[0], self._plan.count, None
         if self._plan.separate:
             answer = self._one_of_two(split(1)[0], Moment.of(sample, timestep), values)
@@ -140,6 +150,7 @@ class _Run:
     def _guided(self, predictions: Sequence[Prediction], timestep: Tensor | float | None, earlier: Tensor | None = None) -> _Answer | None:
         cond, uncond = self._plan.pair(predictions)
         row = self._recorder.row(cond, uncond, timestep=timestep)
+        row.about = self._about
         self._samples = cond.values.shape[0]
         if self._watcher.wants_evaluations and row.same_inputs is not None and not bool(row.same_inputs.all()):
             raise GuidanceLayoutError(
@@ -179,7 +190,7 @@ class _Run:
             raise GuidanceLayoutError(refuted[1])
         self._watcher.missing(reason)
         evaluation = self._recorder.evaluation(prediction, prediction, space=self._space, roles="declared", timestep=timestep)
-        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), refuted=refuted)
+        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), refuted=refuted, about=self._about)
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
     def _does_not_divide(self, whole: Prediction, timestep: Tensor | float | None) -> None:

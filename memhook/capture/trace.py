@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.described import Described
 from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
-from memhook.capture.rows import Row, number, own, read, settle
+from memhook.capture.rows import Row, grouped, number, own, read, settle, stored
 from memhook.capture.runs import run_starts
+from memhook.capture.texts import same_text
 from memhook.errors import MemhookError, NoGuidanceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from memhook.capture.texts import Text
 
 __all__ = ["Row", "Trace", "per_prompt", "prompt_mean"]
 
@@ -51,7 +55,7 @@ class Trace:
         self.host = host
         self.space: Space | None = space
         self._keep = keep_evaluations
-        self._describe = describe
+        self._described = Described(describe)
         self._rows: list[Row] = []
         self._evaluations: list[Evaluation] = []
         self._declared: Roles | None = None
@@ -68,6 +72,7 @@ class Trace:
         space: Space = "eps",
         timestep: Tensor | float | None = None,
         sigma: Tensor | float | None = None,
+        groups: Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> None:
         """Record one evaluation by hand, for frameworks that have no module to hook.
 
@@ -77,11 +82,27 @@ class Trace:
             space: What the predictions are.
             timestep: Timestep of the evaluation.
             sigma: Noise level of the evaluation.
+            groups: ``(b,)``: which samples share a prompt, a number for each; ``[0] * 4`` for four images of one. Each sample
+                is a prompt of its own where None. Said once it holds for the whole trace.
 
         Raises:
-            MemhookError: Shapes differ, ``space`` is unknown, or differs from the space recorded before.
+            MemhookError: Shapes differ, ``space`` is unknown or differs from the space recorded before, or ``groups`` are not one
+                whole number a sample or differ from those recorded before.
         """
-        self.add(Evaluation(pred_cond, pred_uncond, space=space, timestep=timestep, sigma=sigma))
+        evaluation = Evaluation(pred_cond, pred_uncond, space=space, timestep=timestep, sigma=sigma)
+        self.add(evaluation, None if groups is None else self._grouped(evaluation, groups))
+
+    def _grouped(self, evaluation: Evaluation, groups: Sequence[int] | np.ndarray | Tensor) -> Row:
+        numbers = grouped(groups, samples=evaluation.pred_cond.shape[0])
+        before = next((row.conditioning for row in self._rows if row.conditioning is not None), numbers)
+        earlier, now = (_number_by_first_appearance(keys[0].cpu().numpy()).tolist() for keys in (before, numbers))
+        if earlier != now:
+            raise MemhookError(
+                f"groups is {numbers[0].tolist()}, and for the first evaluation of this trace it was {before[0].tolist()}; "
+                "the samples of a run keep their order, so record another run in a trace of its own"
+            )
+        measured = None if evaluation.pred_uncond is None else magnitude(evaluation.pred_cond, evaluation.pred_uncond)
+        return Row(measured, evaluation.timestep, evaluation.sigma, shape=tuple(evaluation.pred_cond.shape[1:]), conditioning=numbers)
 
     @torch.no_grad()
     def add(self, evaluation: Evaluation, row: Row | None = None) -> None:
@@ -262,12 +283,30 @@ class Trace:
         return np.arange(self._rows[0].samples if self._rows else 0)
 
     @property
+    def unconditional_texts(self) -> list[dict[str, Any]]:
+        """The different unconditional texts of the run (the negative prompt's encoding, or the empty one's), as a few numbers of each.
+
+        Empty where none was seen. For comparison with another run's, by `memhook.capture.texts.same_texts`.
+        """
+        self._settle()
+        seen: list[Text] = []
+        for row in self._rows:
+            if row.unconditional is not None and all(row.unconditional is not text for text in seen):
+                seen.append(row.unconditional)
+        found: list[dict[str, Any]] = []
+        for value in (value for text in seen for value in text.distinct()):
+            if not any(same_text(value, known) for known in found):
+                found.append(value)
+        return found
+
+    @property
     def runs(self) -> list[Trace]:
         """One trace per run of the sampler: a run ends where the next evaluation starts again from a high noise level."""
         bounds = [*self._starts(), len(self._rows)]
         found = []
         for start, stop in pairwise(bounds):
-            part = Trace(host=self.host, space=self._rows[start].space or self.space, keep_evaluations=self._keep, describe=self._describe)
+            part = Trace(host=self.host, space=self._rows[start].space or self.space, keep_evaluations=self._keep)
+            part._described = self._described
             part._rows = self._rows[start:stop]
             part._evaluations = self._evaluations[start:stop]
             part._declared, part._why_missing = self._declared, self._why_missing
@@ -278,7 +317,8 @@ class Trace:
         """The trace of some of the samples, such as those of one prompt: ``trace.samples(slice(0, 4))``. Numbers only, no evaluations."""
         self._settle()
         read(self._rows)
-        part = Trace(host=self.host, space=self.space, describe=self._describe)
+        part = Trace(host=self.host, space=self.space)
+        part._described = self._described
         part._declared, part._why_missing = self._declared, self._why_missing
         for row in self._rows:
             taken = replace(
@@ -286,6 +326,7 @@ class Trace:
                 magnitude=None if row.magnitude is None else row.magnitude[rows],
                 same_inputs=None if row.same_inputs is None else row.same_inputs[rows],
                 conditioning=None if row.conditioning is None else row.conditioning[:, rows],
+                unconditional=None if row.unconditional is None else row.unconditional.rows(rows),
                 scale=None if row.scale is None else row.scale[rows],
                 values=None if row.values is None else row.values[rows],
                 settle=None,
@@ -297,9 +338,25 @@ class Trace:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What a calibration must agree with: host, model fingerprints, space, shape and the like, as far as known."""
-        described = dict(self._describe()) if self._describe is not None else {}
-        return {"host": self.host, "space": self.space, **described}
+        """What a calibration must agree with: host, model fingerprints, space, shape and the like, as far as known.
+
+        It is that of the run: kept when the block ends, so the model may change or be deleted afterwards.
+
+        Raises:
+            MemhookError: The model was deleted before the block ended.
+        """
+        about = next((row.about for row in self._rows if row.about is not None), dict)
+        return {"host": self.host, "space": self.space, **self._described.read(), **about()}
+
+    def keep_setting(self, snapshot: Callable[[], Callable[[], Mapping[str, Any]]] | None = None) -> None:
+        """Ask the adapter for the setting for the last time; `watch` does so when its block ends."""
+        self._described.take(snapshot)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Numbers and the setting, wherever they are; what needs the model (`evaluations`) is left out."""
+        self._settle()
+        read(self._rows)
+        return {**self.__dict__, "_rows": [stored(row) for row in self._rows], "_evaluations": [], "_keep": False}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was recorded, as plain lists and numbers for JSON (missing values are None)."""

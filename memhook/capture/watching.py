@@ -85,7 +85,7 @@ def attached(
     on_evaluation: Callable[[Evaluation], Intervention | None] | None,
     stop_when: Callable[[Trace], Verdict | None] | None = None,
 ) -> Iterator[None]:
-    """Fill ``trace`` while the block runs; what `watch` and `memhook.guard` share."""
+    """Fill ``trace`` while the block runs, and keep its setting when it ends; what `watch` and `memhook.guard` share."""
     watcher = _Watcher(
         trace,
         wants_evaluations=wants_evaluations,
@@ -93,12 +93,30 @@ def attached(
         stop_when=stop_when,
         may_intervene=bool(getattr(adapter, "intervenes", False)),
     )
-    with adapter.attach(watcher):
+    with _setting_kept(adapter, trace), adapter.attach(watcher):
         _inside.set(_inside.get() | {watcher.number})
         try:
             yield
         finally:
             _inside.set(_inside.get() - {watcher.number})
+
+
+@contextlib.contextmanager
+def _setting_kept(adapter: Adapter, trace: Trace) -> Iterator[None]:
+    """Keep the setting once the block has ended, however it does, if there is a run that it could be asked for."""
+    try:
+        yield
+    except GeneratorExit:  # abandoned, and closed by the garbage collector: no time for more than that
+        raise
+    except BaseException:
+        _keep_setting(adapter, trace)
+        raise
+    _keep_setting(adapter, trace)
+
+
+def _keep_setting(adapter: Adapter, trace: Trace) -> None:
+    if len(trace):
+        trace.keep_setting(getattr(adapter, "snapshot", None))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.capture.trace import Trace, per_prompt, prompt_mean
-from memhook.detection.setting import brief, check_setting, differences, first_part, run_setting
+from memhook.detection.setting import brief, can_differ, check_setting, differences, first_part, run_setting
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.scores.stored import read_calibration_file
 
@@ -137,7 +137,7 @@ class Calibration:
         Raises:
             CalibrationError: The setting has no such field.
         """
-        unknown = sorted(set(fields) - self.setting.keys())
+        unknown = sorted(set(fields) - can_differ(self.setting))
         if unknown:
             known = ", ".join(sorted(self.setting)) or "nothing, since it was made of bare scores"
             raise CalibrationError(f"there is no setting {', '.join(unknown)} to accept a difference in; this calibration knows {known}")
