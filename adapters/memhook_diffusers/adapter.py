@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from memhook.adapting.arguments import hook_calls_as_made
 from memhook.adapting.fingerprint import Fingerprinted
-from memhook.adapting.hooks import hook_calls
 from memhook.errors import NoAdapterError
 from memhook_diffusers.encoding import PipelineEncoder
 from memhook_diffusers.parts import Parts, find_parts
@@ -94,7 +94,7 @@ class DiffusersAdapter:
 
 def _listen(stack: contextlib.ExitStack, parts: Parts, run: Run) -> None:
     for module in parts.denoisers.values():
-        stack.enter_context(hook_calls(module, run.on_call))
+        stack.enter_context(hook_calls_as_made(module, run.on_call, keep=run.keeps))
     for scheduler in parts.schedulers.values():
         stack.enter_context(listen_to(scheduler, "step", run.on_step))
     for guider in parts.guiders.values():

@@ -49,7 +49,9 @@ def make_call(
     values = _first_tensor(output)
     if values is None:
         return None
-    record = PipelineCall(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
+    whole = raw_output(output) if keep else None  # of a list with a tensor for each row, `values` is the first row alone
+    rows = values if whole is None else whole
+    record = PipelineCall(module, args, kwargs, batch=rows.shape[0], device=values.device) if keep and rows.ndim else None
     if record is not None:
         args, kwargs, output = record.args, record.kwargs, _with_copy(output)
     return Call(module, args, kwargs, output, record, values, version(values), clocks)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.arguments import hook_calls_as_made
+from memhook.adapting.hooks import Replaced, hook_arguments
 from memhook.adapting.pairs import read_output
 from memhook.adapting.substitution import replace_prediction
 from memhook.adapting.tensors import version
@@ -133,6 +134,10 @@ class Run:
             self._opened.calls.append(read_call(module, args, kwargs, output, find=self._finder(), keep=self._watcher.wants_evaluations))
         return None
 
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
+
     def on_close(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Replaced | None:
         """The wrapper has returned."""
         if not self._watcher.listening or self._opened is None:
@@ -169,8 +174,8 @@ class Run:
         if any(reference() is denoiser for reference in self._hooked):
             return
         self._hooked.append(weakref.ref(denoiser))
-        self.hooks.enter_context(hook_calls(denoiser, self.on_call))
         self.hooks.enter_context(hook_arguments(denoiser, self.on_arguments))
+        self.hooks.enter_context(hook_calls_as_made(denoiser, self.on_call, keep=self.keeps))
 
     # ---- private --------------------------------------------------------------------------------------------------
 

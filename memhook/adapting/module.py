@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.arguments import hook_calls_as_made
 from memhook.adapting.call_setting import adapter_scale, at_call
 from memhook.adapting.fingerprint import Fingerprinted
-from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.hooks import Replaced, hook_arguments
 from memhook.adapting.module_calls import Layout, Moment, Plan, held, read_layout
 from memhook.adapting.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.adapting.replay import look_up
@@ -91,7 +92,7 @@ class ModuleAdapter:
         if module is None:
             raise MemhookError("the module of this adapter was deleted before it was watched; make an adapter for the module that runs")
         run = _Run(watcher, plan=self._plan, path=self._path, space=self._space)
-        with contextlib.closing(run.changes), hook_calls(module, run.on_call):
+        with contextlib.closing(run.changes), hook_calls_as_made(module, run.on_call, keep=run.keeps):
             del module  # the block must not keep it alive
             yield
         run.end()
@@ -141,6 +142,10 @@ class _Run:
         else:
             answer = self._guided(split(count), timestep)
         return None if answer is None else self._change(module, answer, output, values)
+
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
 
     def end(self) -> None:
         """The block ended normally."""

@@ -78,8 +78,15 @@ def read(rows: Sequence[Row]) -> None:
 
 
 def own(level: Tensor | float | None) -> Tensor | float | None:
-    """A noise level that the host's changes in place do not reach, of the first sample; without waiting for the device."""
-    return level.detach().reshape(-1)[:1].clone() if isinstance(level, Tensor) else level
+    """A noise level that the host's changes in place do not reach, of the first sample; without waiting for the device.
+
+    Where a sample's tokens or frames have levels of their own, those that are given (the picture that a video starts from) stand
+    still at a low one: the highest is the level of what is being denoised.
+    """
+    if not isinstance(level, Tensor):
+        return level
+    first = level.detach().reshape(-1)[:1] if level.ndim < 2 else level.detach()[:1].flatten(1)
+    return first.clone() if level.ndim < 2 or not first.numel() else first.amax(1)
 
 
 def number(value: Tensor | float | None) -> float:
