@@ -107,7 +107,7 @@ BROKEN = {
     "another argument": (lambda: module(lambda pipeline: None), "pipeline"),
     "misspelt hook": (misspelt, "memhook_adpat"),
     "exit": (broken(SystemExit(2)), "SystemExit: 2"),
-    "no hook": (lambda: types.ModuleType("empty"), "implements no hook; mark its memhook_adapt with @memhook.hookimpl"),
+    "no hook": (lambda: types.ModuleType("empty"), "implements no hook; mark its memhook_adapt with @memhook.hookimpl, or"),
 }
 
 

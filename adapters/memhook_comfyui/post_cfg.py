@@ -111,7 +111,7 @@ def _record(watcher: Watcher, args: dict[str, Any]) -> None:
         unconditional = None if embedding is None else Text.of(embedding)
         row = Row(measured, sigma=sigma, conditioning=known, unconditional=unconditional, shape=shape, roles="matched", settle=settle)
         pred_cond, pred_uncond = (to_noise(x0, x, sigma, where) for x0 in (x0_cond, x0_uncond))
-        if watcher.wants_evaluations and not bool(present):
+        if watcher.wants_roles and not bool(present):
             settle(row)
             row.settle = None
         pair = Evaluation(pred_cond, pred_uncond if row.magnitude is not None else None, space=space, roles="matched", sigma=sigma)

@@ -145,13 +145,16 @@ class Run:
             )
             self._rows += 1
             pred_cond, pred_uncond = (to_noise(x0, at, level, where) for x0 in (x0_cond, x0_uncond))
-        if not self._watcher.wants_evaluations:
+        if not self._watcher.wants_roles:
             self._watcher.emit(Evaluation(pred_cond, pred_uncond, space=space_of(model), roles="matched", sigma=level), row)
             return None
         if not bool(present):
             self._watcher.missing(NOT_COVERED)
             row.magnitude, row.settle = None, None
             self._watcher.emit(Evaluation(pred_cond, None, space=space_of(model), roles="matched", sigma=level), row)
+            return None
+        if not self._watcher.wants_evaluations:
+            self._watcher.emit(Evaluation(pred_cond, pred_uncond, space=space_of(model), roles="matched", sigma=level), row)
             return None
         evaluation = self._evaluation(guider, cond, pred_cond, pred_uncond, where, space_of(model))
         answer = self._watcher.emit(evaluation, row)

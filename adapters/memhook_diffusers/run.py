@@ -190,7 +190,7 @@ class Run:
         )  # fmt: skip
         values = readings[0].predictions[0].values
         row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle, about=self._about)
-        if self._watcher.wants_evaluations:
+        if self._watcher.wants_roles:
             decision = decide()
             answer = self._watcher.emit(self._evaluation(readings, decision, space, timestep, doubled=doubled is not None), row)
             if answer is not None and decision.cond is not None and decision.uncond is not None:

@@ -251,10 +251,11 @@ class Run:
         pred_cond = combined.pred_cond(denoised[pairing.cond])
         pred_uncond: Tensor | None = combined.pred_uncond()
         text, replay = None, None
-        if self._watcher.wants_evaluations:  # roles are decided now
+        if self._watcher.wants_roles:  # they are decided now
             doubts, guided = (flags.tolist() for flags in (pairing.doubts, pairing.guided))
             self._decide(doubts, guided)
             pred_uncond = pred_uncond if any(guided) else None
+        if self._watcher.wants_evaluations:
             text = read_text(opened.calls, pairing.cond, pairing.weights)
             replay = make_replay(opened.calls, pairing.cond, text, combined) if text is not None else None
         embedding = text.embedding if text is not None else None

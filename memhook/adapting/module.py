@@ -157,7 +157,7 @@ class _Run:
         row = self._recorder.row(cond, uncond, timestep=timestep)
         row.about = self._about
         self._samples = cond.values.shape[0]
-        if self._watcher.wants_evaluations and row.same_inputs is not None and not bool(row.same_inputs.all()):
+        if self._watcher.wants_roles and row.same_inputs is not None and not bool(row.same_inputs.all()):
             raise GuidanceLayoutError(
                 f"the two predictions of {self._samples} samples were made from different noisy samples (outputs of shapes "
                 f"{_shapes(cond, uncond)}); layout={self._plan.name} does not fit the calls, or {_OFF}"
@@ -191,7 +191,7 @@ class _Run:
         return Replaced(replace_prediction(output, values, changed))
 
     def _unguided(self, prediction: Prediction, timestep: Tensor | float | None, reason: str, refuted: tuple[Tensor, str] | None = None) -> None:
-        if refuted is not None and self._watcher.wants_evaluations and bool(refuted[0]):
+        if refuted is not None and self._watcher.wants_roles and bool(refuted[0]):
             raise GuidanceLayoutError(refuted[1])
         self._watcher.missing(reason)
         evaluation = self._recorder.evaluation(prediction, prediction, space=self._space, roles="declared", timestep=timestep)

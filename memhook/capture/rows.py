@@ -42,6 +42,8 @@ class Row:
     step: tuple[int, int] | None = None  # the sampler's step, and the evaluation's place in it
     samples: int = 0
     values: np.ndarray | None = field(default=None, repr=False)  # (b,) float32, once read
+    scores: dict[str, Tensor] = field(default_factory=dict, repr=False)  # (b,) of each other score that the evaluation has
+    place: int = 0  # in its run, as far as the scores knew
 
 
 def settle(rows: Sequence[Row]) -> None:
@@ -107,6 +109,7 @@ def stored(row: Row) -> Row:
         value = getattr(kept, field_.name)
         if isinstance(value, Tensor):
             setattr(kept, field_.name, value.detach().cpu())
+    kept.scores = {name: values.detach().cpu() for name, values in row.scores.items()}
     return kept
 
 

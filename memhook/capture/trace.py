@@ -15,13 +15,16 @@ from memhook.capture.described import Described
 from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
 from memhook.capture.rows import Row, grouped, number, own, read, settle, stored
 from memhook.capture.runs import run_starts
+from memhook.capture.score_values import Scores, has_score, no_value, score_rows
+from memhook.capture.scoring import MAGNITUDE, Scored, Scoring, read_scores
 from memhook.capture.texts import same_text
 from memhook.errors import MemhookError, NoGuidanceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from memhook.capture.texts import Text
+    from memhook.hookspecs import Score
 
 __all__ = ["Row", "Trace", "per_prompt", "prompt_mean"]
 
@@ -36,6 +39,7 @@ class Trace:
         host: The host that was watched, such as ``"diffusers"``.
         space: What the predictions are (``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``), the unit of the magnitudes.
         setting: What a calibration must agree with, by field name; see `memhook.detection.calibration`.
+        scoring: Computes the scores that the trace was made with (``score=``, as in `memhook.watch`).
 
     >>> import torch, memhook
     >>> trace = memhook.Trace()
@@ -51,11 +55,13 @@ class Trace:
         space: Space | None = None,
         keep_evaluations: bool = False,
         describe: Callable[[], Mapping[str, Any]] | None = None,
+        score: Score | str | Scored | Iterable[Score | str | Scored] | None = None,
     ) -> None:
         self.host = host
         self.space: Space | None = space
         self._keep = keep_evaluations
         self._described = Described(describe)
+        self.scoring = Scoring(read_scores(score))
         self._rows: list[Row] = []
         self._evaluations: list[Evaluation] = []
         self._declared: Roles | None = None
@@ -122,6 +128,7 @@ class Trace:
             self._declared = "declared"
         row.samples = evaluation.pred_cond.shape[0]
         row.timestep, row.sigma = own(row.timestep), own(row.sigma)
+        row.scores, row.place = self.scoring(evaluation, row.magnitude), self.scoring.place
         self._step = row.step = (self._step[0], self._step[1] + 1) if self._step is not None else None
         self._rows.append(row)
         if self._keep:
@@ -195,12 +202,43 @@ class Trace:
         self._settle()
         return np.array([row.magnitude is not None for row in self._rows], bool)
 
-    def score(self, first: int | None = None) -> np.ndarray:
-        """The detection score: the mean magnitude over evaluations (Wen et al. 2024, section 3.3). Larger is more memorized.
+    @property
+    def scores(self) -> Scores:
+        """The scores that were computed while the run went on, by name: each ``(s, b)`` float32, NaN where an evaluation has none.
+
+        The magnitude is always among them.
+        """
+        names = [scored.name for scored in self.scoring.scores]
+        return Scores([*names, *([] if MAGNITUDE in names else [MAGNITUDE])], self._values)
+
+    def has_score(self, name: str) -> np.ndarray:
+        """``(s,)`` bool: the evaluations that have a value of the score of this name."""
+        self._settle()
+        if name not in self.scores:
+            self.scores[name]  # raises
+        return self.has_guidance if name == MAGNITUDE else has_score(self._rows, self.scored(name), self._starts())
+
+    def scored(self, name: str | None = None) -> Scored:
+        """The score of this name, as the trace computes it; the first of them where None."""
+        found = self.scoring.scores[0] if name is None else next((scored for scored in self.scoring.scores if scored.name == name), None)
+        return found if found is not None else read_scores(MAGNITUDE if name == MAGNITUDE else [])[0]
+
+    def _values(self, name: str) -> np.ndarray:
+        if name == MAGNITUDE or not self._rows:
+            return self.magnitudes  # which says why there are none
+        self._settle()
+        read(self._rows)
+        return score_rows(self._rows, self.scored(name), self.has_score(name))
+
+    def score(self, first: int | None = None, *, name: str | None = None) -> np.ndarray:
+        """The detection score: the mean over evaluations, of the magnitude (Wen et al. 2024, section 3.3) or another score.
+
+        Larger is more memorized.
 
         Args:
-            first: Use only the first so many evaluations; None for all. Evaluations without an unconditional
-                prediction are left out of the mean.
+            first: Use only the first so many evaluations; None for all. Evaluations without a value (for the magnitude: without
+                an unconditional prediction) are left out of the mean.
+            name: Of which score; the first that the run was watched with where None.
 
         Returns:
             ``(b,)`` float32, one score a sample; NaN or infinite where a prediction was.
@@ -209,18 +247,21 @@ class Trace:
             NoGuidanceError: None of these evaluations has an unconditional prediction.
             MemhookError: ``first`` is not positive or more than there are, or the trace holds several runs.
         """
-        return prompt_mean(self.used(first), self.has_guidance[: len(self._rows) if first is None else first])
+        name = self.scored(name).name
+        return prompt_mean(self.used(first, name=name), self.has_score(name)[: len(self._rows) if first is None else first])
 
-    def used(self, first: int | None) -> np.ndarray:
-        """The rows of `magnitudes` that a score over the ``first`` evaluations uses, after checking that it can."""
-        magnitudes = self.magnitudes
+    def used(self, first: int | None, *, name: str = MAGNITUDE) -> np.ndarray:
+        """The rows of a score that its mean over the ``first`` evaluations uses, after checking that it can."""
+        magnitudes = self.scores[name]
         count = len(magnitudes)
         if first is not None and not 1 <= first <= count:
             raise MemhookError(f"first is {first}; this trace has {count} evaluations, so expected 1 to {count}, or None for all")
         if len(self._starts()) > 1:
             raise MemhookError(f"this trace holds {len(self._starts())} runs of the sampler; score each of trace.runs, or watch each run by itself")
         chosen: np.ndarray = magnitudes[:first]
-        if not self.has_guidance[: len(chosen)].any():
+        if name != MAGNITUDE and not self.has_score(name)[: len(chosen)].any():
+            raise NoGuidanceError(no_value(self.scored(name), len(chosen)))
+        if name == MAGNITUDE and not self.has_guidance[: len(chosen)].any():
             raise NoGuidanceError(
                 f"none of the first {len(chosen)} evaluations has an unconditional prediction; use more of them (first=None uses all)"
             )
@@ -305,7 +346,8 @@ class Trace:
         bounds = [*self._starts(), len(self._rows)]
         found = []
         for start, stop in pairwise(bounds):
-            part = Trace(host=self.host, space=self._rows[start].space or self.space, keep_evaluations=self._keep)
+            space = self._rows[start].space or self.space
+            part = Trace(host=self.host, space=space, keep_evaluations=self._keep, score=self.scoring.scores)
             part._described = self._described
             part._rows = self._rows[start:stop]
             part._evaluations = self._evaluations[start:stop]
@@ -317,7 +359,7 @@ class Trace:
         """The trace of some of the samples, such as those of one prompt: ``trace.samples(slice(0, 4))``. Numbers only, no evaluations."""
         self._settle()
         read(self._rows)
-        part = Trace(host=self.host, space=self.space)
+        part = Trace(host=self.host, space=self.space, score=self.scoring.scores)
         part._described = self._described
         part._declared, part._why_missing = self._declared, self._why_missing
         for row in self._rows:
@@ -329,6 +371,7 @@ class Trace:
                 unconditional=None if row.unconditional is None else row.unconditional.rows(rows),
                 scale=None if row.scale is None else row.scale[rows],
                 values=None if row.values is None else row.values[rows],
+                scores={name: values[rows] for name, values in row.scores.items()},
                 settle=None,
                 refuted=None,
                 samples=len(range(row.samples)[rows]),
@@ -374,6 +417,7 @@ class Trace:
             "sigmas": plain(self.sigmas),
             "groups": self.groups.tolist(),
             "guidance_scale": None if scale is None else plain(scale),
+            "scores": {name: plain(self.scores[name]) for name in self.scores if name != MAGNITUDE},
         }
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.adapting.fingerprint import difference, is_fingerprint, same_fingerprint
+from memhook.capture.scoring import MAGNITUDE
 from memhook.capture.texts import are_texts, same_texts
 from memhook.detection.causes import SHARED, WHOLE, adapters_differ, are_adapters, listed, named_differ
 from memhook.errors import CalibrationError
@@ -34,8 +35,11 @@ def can_differ(setting: Mapping[str, Any]) -> set[str]:
     return {*setting, *_WHERE_ABSENT, "inputs"} if setting else set()
 
 
-def run_setting(trace: Trace) -> dict[str, Any]:
-    """The setting of a recorded run: what the adapter describes, and what can be read off the trace."""
+def run_setting(trace: Trace, score: str = MAGNITUDE) -> dict[str, Any]:
+    """The setting of a recorded run: what the adapter describes, and what can be read off the trace.
+
+    The score is part of it; that of the magnitude, which files of before there were others do not name, goes without saying.
+    """
     counts = np.bincount(trace.groups)
     if len(set(counts)) != 1:
         raise CalibrationError(f"the prompts of this trace have {sorted(set(counts.tolist()))} samples; a score needs the same number for each")
@@ -49,6 +53,7 @@ def run_setting(trace: Trace) -> dict[str, Any]:
         "images_per_prompt": int(counts[0]),
         "unconditional_text": trace.unconditional_texts or None,
         "guidance_scale": None if scale is None else float(f"{np.nanmedian(scale):.3g}"),
+        "score": None if score == MAGNITUDE else trace.scored(score).describe(),
     }
     return {key: value for key, value in found.items() if value is not None and (value or key not in (*_WHERE_ABSENT, *WHOLE, *SHARED))}
 
@@ -155,6 +160,8 @@ def check_setting(setting: Mapping[str, Any]) -> None:
             fits = isinstance(value, list) and all(type(level) in (int, float) for level in value)
         elif key in _BY_EVALUATION:
             fits = isinstance(value, list)
+        elif key == "score":
+            fits = isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("parameters"), dict)
         else:
             fits = key != "guidance_scale" or type(value) in (int, float)
         if not fits:
