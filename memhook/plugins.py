@@ -64,7 +64,7 @@ def _register(manager: pluggy.PluginManager, point: EntryPoint) -> str | None:
         plugin = point.load()
         manager.register(plugin, name=point.name)
         manager.check_pending()
-    except Exception as error:  # noqa: BLE001 -- third-party code: whatever it raises must not stop the others
+    except (Exception, SystemExit) as error:  # noqa: BLE001 -- third-party code: whatever it raises must not stop the others
         if manager.has_plugin(point.name):
             manager.unregister(name=point.name)
         return _brief(error)
@@ -104,14 +104,14 @@ def find_adapter(target: object) -> Adapter:
     with _lock:
         manager = _load().manager
     claims: list[tuple[str, Adapter]] = []
-    failures: dict[str, Exception] = {}
+    failures: dict[str, BaseException] = {}
     for implementation in manager.hook.memhook_adapt.get_hookimpls():
         name = implementation.plugin_name
         try:
             adapter: Any = implementation.function(target)
         except MemhookError:  # it knows the target, and why it cannot be watched
             raise
-        except Exception as error:  # noqa: BLE001 -- third-party code: it must not stop the others
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- third-party code: it must not stop the others
             failures[name] = error
             warnings.warn(f"the memhook adapter {name!r} failed on a {_kind(target)}: {_brief(error)}", stacklevel=3)
             continue
@@ -183,11 +183,11 @@ def _kind(target: object) -> str:
     return f"{type(target).__module__}.{type(target).__qualname__}"
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"  # on one line
 
 
-def _no_adapter(target: object, failures: Mapping[str, Exception]) -> str:
+def _no_adapter(target: object, failures: Mapping[str, BaseException]) -> str:
     import torch
 
     failed = "".join(f" (the adapter {name!r} failed on it: {_brief(error)})" for name, error in failures.items())
