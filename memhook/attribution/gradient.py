@@ -126,10 +126,8 @@ class TokenAttribution:
 
     def __repr__(self) -> str:
         evaluations, samples, positions = self.gradients.shape
-        return (
-            f"<TokenAttribution at the encoder's {self.at}: {len(self.prompts)} prompts, {samples} samples, {positions} positions, "
-            f"{evaluations} evaluations>"
-        )
+        where = " at the encoder's input" if self.at == "input" else ""
+        return f"<TokenAttribution{where}: {len(self.prompts)} prompts, {samples} samples, {positions} positions, {evaluations} evaluations>"
 
     def _repr_html_(self) -> str:
         from memhook.attribution.views import to_html

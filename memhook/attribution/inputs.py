@@ -52,7 +52,7 @@ def input_gradients(evaluations: Sequence[Evaluation], encoder: Liftable) -> Inp
     """
     captured = evaluations[0].embedding
     if captured is None:
-        raise ReplayError("the evaluation has no text embedding; watch with keep=\"calls\", or use memhook.probe")
+        raise ReplayError('the evaluation has no text embedding; watch with keep="calls", or use memhook.probe')
     lifted = encoder.lift(captured)
     order = _blocks(lifted)
     rows = []

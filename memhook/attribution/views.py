@@ -48,7 +48,8 @@ def _title(attribution: Attributed, prompt: int) -> str:
     samples = int((attribution.groups == prompt).sum())
     evaluations = len(attribution.gradients)
     text = attribution.prompts[prompt].prompt or f"prompt {prompt}"
-    return f"{printable(text)} ({samples} sample{'s' * (samples != 1)}, {evaluations} evaluation{'s' * (evaluations != 1)})"
+    where = ", at the encoder's input" if getattr(attribution, "at", "output") == "input" else ""
+    return f"{printable(text)} ({samples} sample{'s' * (samples != 1)}, {evaluations} evaluation{'s' * (evaluations != 1)}{where})"
 
 
 def _rows(attribution: Attributed, prompt: int) -> list[tuple[str, float, float]]:
