@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memhook.attribution.tokens import Tokens, prompt_tokens
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation, magnitude
+    from memhook.capture.scoring import score
     from memhook.capture.trace import Trace
     from memhook.capture.watching import probe, watch
     from memhook.detection.calibration import Calibration, calibrate
@@ -54,6 +55,7 @@ else:  # nothing of torch until one of these is used
             "memhook.attribution.tokens": ["Tokens", "prompt_tokens"],
             "memhook.capture.intervention": ["Intervention"],
             "memhook.capture.prediction": ["Evaluation", "magnitude"],
+            "memhook.capture.scoring": ["score"],
             "memhook.capture.trace": ["Trace"],
             "memhook.capture.watching": ["probe", "watch"],
             "memhook.detection.calibration": ["Calibration", "calibrate"],
@@ -123,6 +125,7 @@ __all__ = [
     "per_sample_target",
     "probe",
     "prompt_tokens",
+    "score",
     "stop_rule",
     "suggest_edits",
     "training_filter",

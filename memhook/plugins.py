@@ -1,4 +1,4 @@
-"""Finding adapters: entry points are loaded lazily and one by one, so that a broken one hurts nobody else."""
+"""Finding adapters and scores: entry points are loaded lazily and one by one, so that a broken one hurts nobody else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _lock = threading.RLock()
+_OWN = "memhook"  # the plugin that offers the published scores
+_OWN_SCORES = "memhook.scores.published"  # by name: the library's own methods are plugins too, loaded when a score is asked for
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def _register(manager: pluggy.PluginManager, point: EntryPoint) -> str | None:
         return _brief(error)
     if not manager.get_hookcallers(plugin):
         manager.unregister(name=point.name)
-        return f"{point.value} implements no hook; mark its memhook_adapt with @memhook.hookimpl"
+        return f"{point.value} implements no hook; mark its memhook_adapt with @memhook.hookimpl, or its memhook_scores"
     return None
 
 
@@ -122,6 +125,58 @@ def find_adapter(target: object) -> Adapter:
     if not claims:
         raise NoAdapterError(_no_adapter(target, failures))
     return claims[0][1]
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What a plugin offers under ``memhook_scores``."""
+
+    score: Any
+    plugin: str
+    name: str  # as far as it has one
+
+
+def offered_scores() -> tuple[tuple[Offered, ...], dict[str, str]]:
+    """All scores of all plugins, memhook's own first, and for each plugin that failed to offer any the reason."""
+    with _lock:
+        manager = _load().manager
+        if not manager.has_plugin(_OWN):
+            manager.register(import_module(_OWN_SCORES), name=_OWN)
+    found: list[Offered] = []
+    failures = {}
+    for implementation in sorted(manager.hook.memhook_scores.get_hookimpls(), key=lambda known: (known.plugin_name != _OWN, known.plugin_name)):
+        plugin = implementation.plugin_name
+        try:
+            given: Any = implementation.function()
+            scores = list(given)
+        except Exception as error:  # noqa: BLE001 -- third-party code: it must not stop the others
+            failures[plugin] = _brief(error)
+            warnings.warn(f"the scores of the memhook plugin {plugin!r} are left out: memhook_scores failed with {_brief(error)}", stacklevel=3)
+            continue
+        found += [Offered(score, plugin, str(getattr(score, "name", None) or getattr(score, "__name__", None) or repr(score))) for score in scores]
+    return tuple(found), failures
+
+
+def find_score(name: str) -> tuple[Any, str]:
+    """The one score of this name, and the plugin that offers it.
+
+    Raises:
+        MemhookError: No plugin has one, or several do; names them.
+    """
+    offered, failures = offered_scores()
+    mine = [offer for offer in offered if offer.name == name]
+    if len(mine) > 1:
+        names = " and ".join(repr(offer.plugin) for offer in mine)
+        raise MemhookError(
+            f"the plugins {names} each have a score named {name!r}; uninstall one of them, or give the score itself instead of its name"
+        )
+    if not mine:
+        known = ", ".join(dict.fromkeys(offer.name for offer in offered))
+        failed = "".join(f"; {plugin!r} failed ({reason})" for plugin, reason in failures.items())
+        raise MemhookError(
+            f"there is no score named {name!r}; installed are {known}{failed}. `memhook methods` lists them, docs/scores.md says how to add one"
+        )
+    return mine[0].score, mine[0].plugin
 
 
 def _kind(target: object) -> str:

@@ -106,7 +106,7 @@ BROKEN = {
     "attribute": (broken(AttributeError("no such attribute")), "AttributeError: no such attribute"),
     "another argument": (lambda: module(lambda pipeline: None), "pipeline"),
     "misspelt hook": (misspelt, "memhook_adpat"),
-    "no hook": (lambda: types.ModuleType("empty"), "implements no hook; mark its memhook_adapt with @memhook.hookimpl"),
+    "no hook": (lambda: types.ModuleType("empty"), "implements no hook; mark its memhook_adapt with @memhook.hookimpl, or"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import weakref
@@ -71,6 +72,13 @@ def like(tree: Any, items: dict[Any, Any] | list[Any]) -> Any:
 def take_rows(tree: Any, rows: slice | Tensor, *, of: int) -> Any:
     """The rows of every tensor whose batch axis has ``of`` rows; other tensors are shared by all rows and kept whole."""
     return map_tensors(tree, lambda tensor: tensor[rows] if tensor.ndim > 0 and tensor.shape[0] == of else tensor)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast inside the block, whatever mode the host runs in: products of predictions need all their digits."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def version(tensor: Tensor) -> int | None:
