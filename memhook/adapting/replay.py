@@ -150,6 +150,23 @@ class Replay:
         taken._call = self._call.changed([(place, value.repeat_interleave(samples, 0)) for place, value in changes])
         return taken(after[0].to(self._embedding).repeat_interleave(samples, 0))
 
+    def with_text(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        """The prediction with other tensors made of the text, differentiable in all of them.
+
+        Args:
+            before: What the text encoder makes of each sample's prompt, ``(b, ...)`` each, the embedding first.
+            after: What takes the place of these, ``(b, ...)`` each.
+
+        Raises:
+            ReplayError: The call depends on more of the text than these.
+        """
+        changes = self.other_text(before, after)
+        if not self._checked:
+            self(self._embedding.clone())
+        changed = copy.copy(self)
+        changed._call = self._call.changed(changes)
+        return changed(after[0])
+
     def other_text(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> list[tuple[Path, Tensor]]:
         """What `reword` exchanges beside the embedding: where it stands, and its rows ``(n, ...)`` for the other texts."""
         return _other_text(self._call, self._rows, self._path, self._against, list(zip(before, after, strict=True))[1:])

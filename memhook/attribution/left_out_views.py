@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memhook.attribution.tokens import printable
@@ -174,6 +175,6 @@ def plot(found: LeftOut, ax: Axes | None) -> Axes:
     # parse_math: a prompt with two dollar signs is no formula.
     ax.set_xticks(range(len(rows)), [printable(row.text) for row in rows], rotation=45, ha="right", parse_math=False)
     ax.set_ylabel("score without the word")
-    ax.set_title(_title(found), parse_math=False, fontsize="small")
+    ax.set_title(fill(_title(found), 90), parse_math=False, fontsize="small")  # matplotlib's own wrapping reads dollar signs as formulas
     ax.legend(frameon=False, fontsize="small")
     return ax
