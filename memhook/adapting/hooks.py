@@ -129,7 +129,7 @@ def _hooked(module: nn.Module, tables: tuple[str, str], listener: Callable[..., 
 
 def _begin(module: nn.Module, tables: tuple[str, str], block: _Block) -> None:
     fresh = _SharedHook(module, tables)
-    for at_once in _attempts():
+    for at_once in _Attempts():
         with _lock:
             hook = _shared.get(fresh.key)
             known = hook is not None and hook.module() is module
@@ -149,7 +149,7 @@ def _end(block: _Block) -> None:
 def _leave(hook: _SharedHook) -> None:
     """Take the hook out of torch's tables if no block is left."""
     closed = sys.exc_info()[0] is GeneratorExit  # perhaps by the collector, whose end nobody can wait for in here
-    for at_once in _attempts(0.0 if closed else _PATIENCE):
+    for at_once in _Attempts(0.0 if closed else _PATIENCE):
         with _lock:
             # Where that happens in the middle of torch's copying, the hook leaves at its next call.
             if hook.blocks.now or _copying_here(hook.module()) or hook.take_out(at_once=at_once):
@@ -157,6 +157,7 @@ def _leave(hook: _SharedHook) -> None:
 
 
 def _called_after(shared: _SharedHook) -> Callable[..., Any]:
+    @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         # torch keeps the note that a hook wants keywords in a table of its own. A call that another thread, or another
         # hook, makes while this one is being added or removed comes without them; it is not a call of this block.
@@ -164,24 +165,23 @@ def _called_after(shared: _SharedHook) -> Callable[..., Any]:
             return None
         kwargs, output = rest
         replaced = None  # None: the module's own object
-        with torch.no_grad():
-            for block in shared.blocks.now:
-                answer = block.listener(module, args, kwargs, output)
-                if isinstance(answer, Replaced):
-                    replaced = output = answer.output
+        for block in shared.blocks.now:
+            answer = block.listener(module, args, kwargs, output)
+            if isinstance(answer, Replaced):
+                replaced = output = answer.output
         return replaced
 
     return hook
 
 
 def _called_before(shared: _SharedHook) -> Callable[..., Any]:
+    @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         if len(rest) != 1 or not _active(shared, module._forward_pre_hooks):  # as in _called_after
             return None
         kwargs = rest[0]
-        with torch.no_grad():
-            for block in shared.blocks.now:
-                args, kwargs = block.listener(args, kwargs)
+        for block in shared.blocks.now:
+            args, kwargs = block.listener(args, kwargs)
         return args, kwargs
 
     return hook
@@ -229,14 +229,26 @@ _MODULE_FILE = nn.Module.__call__.__code__.co_filename
 _COPY = dis.opmap["LIST_EXTEND"]
 
 
-def _attempts(patience: float = _PATIENCE) -> Iterator[bool]:
-    """Attempts at changing a table: whether to do it at once, or only while no collection goes on in another thread."""
-    until = time.monotonic() + patience
-    while time.monotonic() < until:
-        yield not _COLLECTS_ANYWHERE or threading.active_count() == 1
-        time.sleep(0)
-    while True:
-        yield True
+class _Attempts:
+    """Attempts at changing a table: whether to do it at once, or only while no collection goes on in another thread.
+
+    No generator: one that is dropped half-way is closed by the interpreter, which swallows a signal that arrives just then.
+    """
+
+    def __init__(self, patience: float = _PATIENCE) -> None:
+        self._until = time.monotonic() + patience
+        self._again = False
+
+    def __iter__(self) -> _Attempts:
+        return self
+
+    def __next__(self) -> bool:
+        if time.monotonic() >= self._until:
+            return True
+        if self._again:
+            time.sleep(0)
+        self._again = True
+        return not _COLLECTS_ANYWHERE or threading.active_count() == 1
 
 
 def _collecting() -> bool:

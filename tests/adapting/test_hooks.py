@@ -307,3 +307,4 @@ def test_an_interruption_at_any_moment_leaves_nothing(at):
         sys.settrace(previous)
     assert tables(module) == before
     assert type(module) not in copyreg.dispatch_table
+    assert torch.is_grad_enabled()
