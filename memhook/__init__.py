@@ -14,9 +14,12 @@ from memhook.exports import lazy_exports
 if TYPE_CHECKING:
     from memhook.adapting.module import ModuleAdapter
     from memhook.attribution.gradient import TokenAttribution, attribute_tokens
+    from memhook.attribution.left_out import LeaveOneOut, leave_one_out
+    from memhook.attribution.maps import DifferenceMap, difference_map
     from memhook.attribution.tokens import Tokens, prompt_tokens
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation, magnitude
+    from memhook.capture.scoring import score
     from memhook.capture.trace import Trace
     from memhook.capture.watching import probe, watch
     from memhook.detection.calibration import Calibration, calibrate
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
         ReplayError,
     )
     from memhook.hookspecs import hookimpl
+    from memhook.mitigation.edits import Edits, suggest_edits
     from memhook.mitigation.embedding import OptimizedEmbedding, optimize_embedding, per_sample_target
     from memhook.mitigation.guard import guard, mitigate
     from memhook.mitigation.guard_report import Guard
@@ -45,10 +49,13 @@ else:  # nothing of torch until one of these is used
         __name__,
         {
             "memhook.adapting.module": ["ModuleAdapter"],
+            "memhook.attribution.maps": ["DifferenceMap", "difference_map"],
             "memhook.attribution.gradient": ["TokenAttribution", "attribute_tokens"],
+            "memhook.attribution.left_out": ["LeaveOneOut", "leave_one_out"],
             "memhook.attribution.tokens": ["Tokens", "prompt_tokens"],
             "memhook.capture.intervention": ["Intervention"],
             "memhook.capture.prediction": ["Evaluation", "magnitude"],
+            "memhook.capture.scoring": ["score"],
             "memhook.capture.trace": ["Trace"],
             "memhook.capture.watching": ["probe", "watch"],
             "memhook.detection.calibration": ["Calibration", "calibrate"],
@@ -66,6 +73,7 @@ else:  # nothing of torch until one of these is used
                 "ReplayError",
             ],
             "memhook.hookspecs": ["hookimpl"],
+            "memhook.mitigation.edits": ["Edits", "suggest_edits"],
             "memhook.mitigation.embedding": ["OptimizedEmbedding", "optimize_embedding", "per_sample_target"],
             "memhook.mitigation.guard": ["guard", "mitigate"],
             "memhook.mitigation.guard_report": ["Guard"],
@@ -84,10 +92,13 @@ __all__ = [
     "CalibrationMismatchError",
     "CleanSpectrum",
     "Detection",
+    "DifferenceMap",
+    "Edits",
     "Evaluation",
     "Guard",
     "GuidanceLayoutError",
     "Intervention",
+    "LeaveOneOut",
     "MemhookError",
     "MemorizationDetectedError",
     "ModuleAdapter",
@@ -102,9 +113,11 @@ __all__ = [
     "attribute_tokens",
     "calibrate",
     "detect",
+    "difference_map",
     "guard",
     "hookimpl",
     "keep_mask",
+    "leave_one_out",
     "magnitude",
     "masked_mean",
     "mitigate",
@@ -112,7 +125,9 @@ __all__ = [
     "per_sample_target",
     "probe",
     "prompt_tokens",
+    "score",
     "stop_rule",
+    "suggest_edits",
     "training_filter",
     "watch",
 ]

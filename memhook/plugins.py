@@ -1,4 +1,4 @@
-"""Finding adapters: entry points are loaded lazily and one by one, so that a broken one hurts nobody else."""
+"""Finding adapters and scores: entry points are loaded lazily and one by one, so that a broken one hurts nobody else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _lock = threading.RLock()
+_OWN = "memhook"  # the plugin that offers the published scores
+_OWN_SCORES = "memhook.scores.published"  # by name: the library's own methods are plugins too, loaded when a score is asked for
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ def _register(manager: pluggy.PluginManager, point: EntryPoint) -> str | None:
         plugin = point.load()
         manager.register(plugin, name=point.name)
         manager.check_pending()
-    except Exception as error:  # noqa: BLE001 -- third-party code: whatever it raises must not stop the others
+    except (Exception, SystemExit) as error:  # noqa: BLE001 -- third-party code: whatever it raises must not stop the others
         if manager.has_plugin(point.name):
             manager.unregister(name=point.name)
         return _brief(error)
     if not manager.get_hookcallers(plugin):
         manager.unregister(name=point.name)
-        return f"{point.value} implements no hook; mark its memhook_adapt with @memhook.hookimpl"
+        return f"{point.value} implements no hook; mark its memhook_adapt with @memhook.hookimpl, or its memhook_scores"
     return None
 
 
@@ -101,14 +104,14 @@ def find_adapter(target: object) -> Adapter:
     with _lock:
         manager = _load().manager
     claims: list[tuple[str, Adapter]] = []
-    failures: dict[str, Exception] = {}
+    failures: dict[str, BaseException] = {}
     for implementation in manager.hook.memhook_adapt.get_hookimpls():
         name = implementation.plugin_name
         try:
             adapter: Any = implementation.function(target)
         except MemhookError:  # it knows the target, and why it cannot be watched
             raise
-        except Exception as error:  # noqa: BLE001 -- third-party code: it must not stop the others
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- third-party code: it must not stop the others
             failures[name] = error
             warnings.warn(f"the memhook adapter {name!r} failed on a {_kind(target)}: {_brief(error)}", stacklevel=3)
             continue
@@ -124,15 +127,67 @@ def find_adapter(target: object) -> Adapter:
     return claims[0][1]
 
 
+@dataclass(frozen=True)
+class Offered:
+    """What a plugin offers under ``memhook_scores``."""
+
+    score: Any
+    plugin: str
+    name: str  # as far as it has one
+
+
+def offered_scores() -> tuple[tuple[Offered, ...], dict[str, str]]:
+    """All scores of all plugins, memhook's own first, and for each plugin that failed to offer any the reason."""
+    with _lock:
+        manager = _load().manager
+        if not manager.has_plugin(_OWN):
+            manager.register(import_module(_OWN_SCORES), name=_OWN)
+    found: list[Offered] = []
+    failures = {}
+    for implementation in sorted(manager.hook.memhook_scores.get_hookimpls(), key=lambda known: (known.plugin_name != _OWN, known.plugin_name)):
+        plugin = implementation.plugin_name
+        try:
+            given: Any = implementation.function()
+            scores = list(given)
+        except Exception as error:  # noqa: BLE001 -- third-party code: it must not stop the others
+            failures[plugin] = _brief(error)
+            warnings.warn(f"the scores of the memhook plugin {plugin!r} are left out: memhook_scores failed with {_brief(error)}", stacklevel=3)
+            continue
+        found += [Offered(score, plugin, str(getattr(score, "name", None) or getattr(score, "__name__", None) or repr(score))) for score in scores]
+    return tuple(found), failures
+
+
+def find_score(name: str) -> tuple[Any, str]:
+    """The one score of this name, and the plugin that offers it.
+
+    Raises:
+        MemhookError: No plugin has one, or several do; names them.
+    """
+    offered, failures = offered_scores()
+    mine = [offer for offer in offered if offer.name == name]
+    if len(mine) > 1:
+        names = " and ".join(repr(offer.plugin) for offer in mine)
+        raise MemhookError(
+            f"the plugins {names} each have a score named {name!r}; uninstall one of them, or give the score itself instead of its name"
+        )
+    if not mine:
+        known = ", ".join(dict.fromkeys(offer.name for offer in offered))
+        failed = "".join(f"; {plugin!r} failed ({reason})" for plugin, reason in failures.items())
+        raise MemhookError(
+            f"there is no score named {name!r}; installed are {known}{failed}. `memhook methods` lists them, docs/scores.md says how to add one"
+        )
+    return mine[0].score, mine[0].plugin
+
+
 def _kind(target: object) -> str:
     return f"{type(target).__module__}.{type(target).__qualname__}"
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"  # on one line
 
 
-def _no_adapter(target: object, failures: Mapping[str, Exception]) -> str:
+def _no_adapter(target: object, failures: Mapping[str, BaseException]) -> str:
     import torch
 
     failed = "".join(f" (the adapter {name!r} failed on it: {_brief(error)})" for name, error in failures.items())

@@ -106,7 +106,8 @@ BROKEN = {
     "attribute": (broken(AttributeError("no such attribute")), "AttributeError: no such attribute"),
     "another argument": (lambda: module(lambda pipeline: None), "pipeline"),
     "misspelt hook": (misspelt, "memhook_adpat"),
-    "no hook": (lambda: types.ModuleType("empty"), "implements no hook; mark its memhook_adapt with @memhook.hookimpl"),
+    "exit": (broken(SystemExit(2)), "SystemExit: 2"),
+    "no hook": (lambda: types.ModuleType("empty"), "implements no hook; mark its memhook_adapt with @memhook.hookimpl, or"),
 }
 
 
@@ -181,6 +182,22 @@ def test_an_adapter_that_fails_on_a_target_is_named_and_hurts_no_other(installed
     installed(Point("good", lambda: claims(Host)), Point("bad", lambda: failing(AttributeError("no 'unet'"))))
     with pytest.warns(UserWarning, match=r"adapter 'bad' failed on a .*Host: AttributeError: no 'unet'"):
         assert plugins.find_adapter(Host()).host == "fake"
+
+
+def test_an_adapter_that_asks_to_exit_on_a_target_hurts_no_other(installed):
+    installed(Point("bad", lambda: module(exits)), Point("good", lambda: claims(Host)))
+    with pytest.warns(UserWarning, match=r"the memhook adapter 'bad' failed on a .*Host: SystemExit: 3"):
+        assert isinstance(plugins.find_adapter(Host()), FakeAdapter)
+
+
+def exits(target):
+    raise SystemExit(3)
+
+
+def test_an_interruption_while_plugins_load_is_not_swallowed(installed):
+    installed(Point("bad", broken(KeyboardInterrupt())))
+    with pytest.raises(KeyboardInterrupt):
+        plugins.plugin_states()
 
 
 def test_where_no_other_claims_the_failure_is_in_the_error(installed):

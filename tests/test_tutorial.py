@@ -33,14 +33,14 @@ def test_the_first_prompt_is_flagged_and_the_second_is_not(tmp_path, monkeypatch
     assert "1 of 2 prompts flagged" in output.replace("\n", " ")
 
 
-def test_the_invented_words_score_highest(tmp_path, monkeypatch):
+def test_the_invented_words_and_the_subject_score_highest(tmp_path, monkeypatch):
     command, output = run("attribute", tmp_path, monkeypatch)
     with Image.open(tmp_path / command[-1]) as picture:
         assert picture.size[0] > 300
     scores = {word: float(score) for score, word in re.findall(r"│ +([\d.]+) │ [█ ]+ │ (\S+) ", output)}
     assert len(scores) >= 10
     invented = command[command.index("--prompt") + 1].split(", ")[-1].split()
-    assert set(sorted(scores, key=lambda word: -scores[word])[:2]) == set(invented)
+    assert set(invented) <= set(sorted(scores, key=lambda word: -scores[word])[:3])  # the third is the subject
 
 
 def test_the_guard_mitigates(tmp_path, monkeypatch):

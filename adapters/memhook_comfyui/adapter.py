@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from memhook.errors import MemhookError
 from memhook_comfyui.post_cfg import PostCfgAdapter
 from memhook_comfyui.run import Run
-from memhook_comfyui.setting import describe_model
+from memhook_comfyui.setting import DELETED, describe_model
 from memhook_comfyui.wrappers import CALC_COND_BATCH, OUTER_SAMPLE, PREDICT_NOISE, has_wrappers, on_patcher, on_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from memhook.hookspecs import Adapter, Watcher
 
@@ -32,16 +32,21 @@ class _Described:
     def __init__(self, patcher: Any) -> None:
         self._patcher = weakref.ref(patcher)
         self._latest: dict[str, str] = {}
-        self._model: dict[str, Any] | None = None
+        self._model: Callable[[], dict[str, Any]] | None = None
 
     def describe(self) -> Mapping[str, Any]:
         """The setting. What it says of the model is kept once it was asked for: nodes ask before ComfyUI lets the model go."""
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
         if self._model is None:
             patcher = self._patcher()
             if patcher is None:
-                raise MemhookError("the model of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is loaded")
+                raise MemhookError(DELETED)
             self._model = describe_model(patcher)
-        return {**self._model, **self._latest}
+        model, latest = self._model, self._latest
+        return lambda: {**model(), **latest}
 
     @contextlib.contextmanager
     def _watching(self, watcher: Watcher, guider: Any, sampler: str) -> Iterator[None]:

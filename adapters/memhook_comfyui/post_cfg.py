@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from memhook.capture.prediction import Evaluation, magnitude
+from memhook.capture.texts import Text
 from memhook.capture.trace import Row
 from memhook.errors import MemhookError
 from memhook_comfyui.noise import covered, space_of, to_noise
-from memhook_comfyui.prompts import fingerprints
+from memhook_comfyui.prompts import fingerprints, read_embedding
 from memhook_comfyui.roles import NOT_COVERED
-from memhook_comfyui.setting import describe_model
+from memhook_comfyui.setting import DELETED, describe_model
 from memhook_comfyui.thaw import thawed
 
 if TYPE_CHECKING:
@@ -39,9 +40,13 @@ class PostCfgAdapter:
         self._patcher = weakref.ref(patcher)
 
     def describe(self) -> Mapping[str, Any]:
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
         patcher = self._patcher()
         if patcher is None:
-            raise MemhookError("the model of this trace was deleted, so its fingerprint cannot be taken; calibrate and detect while it is loaded")
+            raise MemhookError(DELETED)
         return describe_model(patcher)
 
     @contextlib.contextmanager
@@ -102,9 +107,11 @@ def _record(watcher: Watcher, args: dict[str, Any]) -> None:
                 watcher.missing(f"{_SKIPPED}; or {NOT_COVERED}")
             return True
 
-        row = Row(measured, sigma=sigma, conditioning=known, shape=shape, roles="matched", settle=settle)
+        embedding = read_embedding(lists[1], len(cond)) if lists[1] else None
+        unconditional = None if embedding is None else Text.of(embedding)
+        row = Row(measured, sigma=sigma, conditioning=known, unconditional=unconditional, shape=shape, roles="matched", settle=settle)
         pred_cond, pred_uncond = (to_noise(x0, x, sigma, where) for x0 in (x0_cond, x0_uncond))
-        if watcher.wants_evaluations and not bool(present):
+        if watcher.wants_roles and not bool(present):
             settle(row)
             row.settle = None
         pair = Evaluation(pred_cond, pred_uncond if row.magnitude is not None else None, space=space, roles="matched", sigma=sigma)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memhook.capture.prediction import Evaluation, Space, magnitude
+from memhook.capture.texts import Text
 from memhook.capture.trace import Row
 from memhook_comfyui.noise import column, covered, space_of, to_clean, to_noise
 from memhook_comfyui.prompts import Conds, fingerprints, read_embedding, write_embedding
@@ -60,7 +61,7 @@ class Run:
         self._watcher = watcher
         self._guider = weakref.ref(guider)
         self._moment: _Moment | None = None
-        self._hashed: tuple[tuple[Conds, Conds, int], Tensor | None] | None = None
+        self._hashed: tuple[tuple[Conds, Conds, int], tuple[Tensor | None, Text | None]] | None = None
         self._rows = 0
         self._substitute: tuple[Conds, list[Tensor]] | None = None  # the prompt that an intervention put in
         self.unconditional: str | None = None
@@ -130,10 +131,12 @@ class Run:
             x0_cond, x0_uncond, at, level = (thawed(tensor) for tensor in (cond.x0, uncond.x0, x, sigma))
             where = covered(x0_cond, x0_uncond)
             present = where.flatten(1).any(dim=1).all()  # () bool
+            conditioning, unconditional = self._conditioning(cond.conds, uncond.conds, batch)
             row = Row(
                 magnitude(*(torch.where(where, x0, torch.zeros_like(x0)) for x0 in (x0_cond, x0_uncond))) / level.reshape(-1),
                 sigma=level,
-                conditioning=self._conditioning(cond.conds, uncond.conds, batch),
+                conditioning=conditioning,
+                unconditional=unconditional,
                 shape=tuple(x0_cond.shape[1:]),
                 roles="matched",
                 scale=_scale(guider, batch),
@@ -142,13 +145,16 @@ class Run:
             )
             self._rows += 1
             pred_cond, pred_uncond = (to_noise(x0, at, level, where) for x0 in (x0_cond, x0_uncond))
-        if not self._watcher.wants_evaluations:
+        if not self._watcher.wants_roles:
             self._watcher.emit(Evaluation(pred_cond, pred_uncond, space=space_of(model), roles="matched", sigma=level), row)
             return None
         if not bool(present):
             self._watcher.missing(NOT_COVERED)
             row.magnitude, row.settle = None, None
             self._watcher.emit(Evaluation(pred_cond, None, space=space_of(model), roles="matched", sigma=level), row)
+            return None
+        if not self._watcher.wants_evaluations:
+            self._watcher.emit(Evaluation(pred_cond, pred_uncond, space=space_of(model), roles="matched", sigma=level), row)
             return None
         evaluation = self._evaluation(guider, cond, pred_cond, pred_uncond, where, space_of(model))
         answer = self._watcher.emit(evaluation, row)
@@ -206,15 +212,17 @@ class Run:
         moment.emitted = True
         self._watcher.emit(Evaluation(predicted, None, space=space_of(model), roles="matched", sigma=level), row)
 
-    def _conditioning(self, cond: Conds, uncond: Conds, batch: int) -> Tensor | None:
+    def _conditioning(self, cond: Conds, uncond: Conds, batch: int) -> tuple[Tensor | None, Text | None]:
         if self._hashed is not None:
-            (first, second, size), hashes = self._hashed
+            (first, second, size), found = self._hashed
             if first is cond and second is uncond and size == batch:
-                return hashes
+                return found
         pair = fingerprints(cond, batch), fingerprints(uncond, batch)
         hashes = torch.stack([pair[0], pair[1]]) if pair[0] is not None and pair[1] is not None else None  # (2, b)
-        self._hashed = (cond, uncond, batch), hashes
-        return hashes
+        embedding = read_embedding(uncond, batch)
+        found = hashes, None if embedding is None else Text.of(embedding)
+        self._hashed = (cond, uncond, batch), found
+        return found
 
 
 def _scale(guider: Any, batch: int) -> np.ndarray | None:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memhook.adapting.fingerprint import fingerprint
+from memhook.adapting.fingerprint import read_later
 from memhook.adapting.tensors import tensors_in
+
+DELETED = "the model of this trace was deleted before its fingerprint was taken; keep it loaded until the `with` block ends"
 
 
 @torch.no_grad()
-def describe_model(patcher: Any) -> dict[str, Any]:
-    """The model by its own weights, whatever patches (LoRA) are in them now; and the patches, by name, strength and a sample of values."""
+def describe_model(patcher: Any) -> Callable[[], dict[str, Any]]:
+    """The model by its own weights, whatever patches (LoRA) are in them now; and the patches, by name, strength and a sample of values.
+
+    Taken now, without waiting for the device; what it answers reads it.
+    """
     model = patcher.model
     denoiser: nn.Module = model.diffusion_model
     own = {key.removeprefix("diffusion_model."): getattr(held, "weight", held) for key, held in getattr(patcher, "backup", {}).items()}
-    found = {"model": fingerprint(_Named(denoiser, own)), "parameterization": _parameterization(model)}  # type: ignore[arg-type]
+    read, found = read_later(_Named(denoiser, own)), {"parameterization": _parameterization(model)}
     patches = getattr(patcher, "patches", {})
-    return {**found, "patches": _digest(patches)} if patches else found
+    if patches:
+        found["patches"] = _digest(patches)
+    return lambda: {"model": read(), **found}
 
 
 class _Named:

@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from memhook.adapting.arguments import hook_calls_as_made
 from memhook.adapting.fingerprint import Fingerprinted
-from memhook.adapting.hooks import hook_calls
 from memhook.errors import NoAdapterError
+from memhook_diffusers.encoding import PipelineEncoder
 from memhook_diffusers.parts import Parts, find_parts
 from memhook_diffusers.processors import restored_if_ended
 from memhook_diffusers.reasons import remedy, why_missing
 from memhook_diffusers.run import Run
+from memhook_diffusers.setting import run_setting, scheduler_setting
 from memhook_diffusers.taps import listen_to
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from memhook.hookspecs import Watcher
-
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    from memhook_diffusers.calls import Call
 
 
 class DiffusersAdapter:
@@ -50,12 +51,21 @@ class DiffusersAdapter:
         if not parts.schedulers:
             raise NoAdapterError(f"{kind} has no scheduler, so its steps cannot be told apart; hook its denoiser with memhook.ModuleAdapter instead")
         self._pipeline = weakref.ref(pipeline)
-        encoders = {name: encoder for name in _TEXT_ENCODERS if isinstance(encoder := getattr(pipeline, name, None), nn.Module)}
-        self._fingerprint = Fingerprinted({"model": _main(parts), **encoders})
+        main = _main(parts)
+        others = {name: part for name, part in parts.denoisers.items() if part is not main}
+        encoders = {name: part for name, part in vars(pipeline).items() if name.startswith("text_encoder") and isinstance(part, nn.Module)}
+        self._fingerprint = Fingerprinted({"model": main, **others, **encoders})
+        self._schedulers = {name: weakref.ref(scheduler) for name, scheduler in parts.schedulers.items()}
         self._sampler = "+".join(type(scheduler).__name__ for scheduler in parts.schedulers.values())
 
     def describe(self) -> Mapping[str, Any]:
-        return {**self._fingerprint.describe(), "sampler": self._sampler}
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
+        left = {name: scheduler for name, reference in self._schedulers.items() if (scheduler := reference()) is not None}
+        read, plain = self._fingerprint.snapshot(), {"sampler": self._sampler, "scheduler": scheduler_setting(left)}
+        return lambda: {**read(), **plain}
 
     @contextlib.contextmanager
     def attach(self, watcher: Watcher) -> Iterator[None]:
@@ -65,9 +75,18 @@ class DiffusersAdapter:
         parts, name = find_parts(pipeline), type(pipeline).__name__
         denoisers, schedulers = list(parts.denoisers.values()), list(parts.schedulers.values())
         why = functools.partial(why_missing, name)
-        run = Run(watcher, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline))
+        encode = PipelineEncoder.of(pipeline)
+
+        def setting(calls: Sequence[Call], step: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
+            return run_setting(self._pipeline(), self._fingerprint.modules(), calls, step)
+
+        run = Run(
+            watcher, setting=setting, name=name, denoisers=denoisers, schedulers=schedulers, why_missing=why, remedy=remedy(pipeline), encode=encode
+        )  # fmt: skip
         with contextlib.closing(run.changes), restored_if_ended(denoisers), contextlib.ExitStack() as stack:
             _listen(stack, parts, run)
+            if encode is not None:
+                stack.enter_context(listen_to(pipeline, "encode_prompt", encode.on_use))
             del pipeline, parts, denoisers, schedulers  # the block must not keep them alive
             yield
             run.finish()
@@ -75,7 +94,7 @@ class DiffusersAdapter:
 
 def _listen(stack: contextlib.ExitStack, parts: Parts, run: Run) -> None:
     for module in parts.denoisers.values():
-        stack.enter_context(hook_calls(module, run.on_call))
+        stack.enter_context(hook_calls_as_made(module, run.on_call, keep=run.keeps))
     for scheduler in parts.schedulers.values():
         stack.enter_context(listen_to(scheduler, "step", run.on_step))
     for guider in parts.guiders.values():

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from memhook.adapting.pairs import Prediction
 from memhook.adapting.replay import CallRecord, Path, look_up
-from memhook.adapting.tensors import copy_of, row_hash, version
+from memhook.adapting.tensors import copy_of, leaves, row_hash, version
+from memhook.capture.texts import Text
 from memhook_diffusers.outputs import Reader, noisy_part, raw_output
 from memhook_diffusers.replays import PipelineCall
-from memhook_diffusers.text import find_sample, find_text, leaves, read_text, row_of
+from memhook_diffusers.text import find_sample, find_text, read_text, row_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,9 @@ def make_call(
     values = _first_tensor(output)
     if values is None:
         return None
-    record = PipelineCall(module, args, kwargs, batch=values.shape[0], device=values.device) if keep and values.ndim else None
+    whole = raw_output(output) if keep else None  # of a list with a tensor for each row, `values` is the first row alone
+    rows = values if whole is None else whole
+    record = PipelineCall(module, args, kwargs, batch=rows.shape[0], device=values.device) if keep and rows.ndim else None
     if record is not None:
         args, kwargs, output = record.args, record.kwargs, _with_copy(output)
     return Call(module, args, kwargs, output, record, values, version(values), clocks)
@@ -72,17 +75,17 @@ class Conditioning:
     """Fingerprints of conditioning, which are taken again only when the host passes another tensor."""
 
     def __init__(self) -> None:
-        self._last: dict[Path, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+        self._last: dict[Path, tuple[Tensor, tuple[Any, ...], tuple[Tensor, Text]]] = {}
 
-    def of(self, embedding: Tensor, path: Path) -> Tensor:
-        """``(batch,)`` int64."""
+    def of(self, embedding: Tensor, path: Path) -> tuple[Tensor, Text]:
+        """``(batch,)`` int64, and a few numbers of each text."""
         state = (embedding.data_ptr(), embedding.shape, embedding.stride(), version(embedding))
         seen = self._last.get(path)
         if seen is not None and seen[1] == state and state[-1] is not None:
             return seen[2]
-        hashes = row_hash(embedding)
-        self._last[path] = embedding, state, hashes  # the tensor too: memory that is held is not given to another
-        return hashes
+        found = row_hash(embedding), Text.of(embedding)
+        self._last[path] = embedding, state, found  # the tensor too: memory that is held is not given to another
+        return found
 
 
 def cut(call: Call, reader: Reader, values: Tensor) -> list[Prediction]:

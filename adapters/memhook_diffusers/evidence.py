@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memhook.adapting.tensors import full_precision
 from memhook_diffusers.outputs import noisy_part
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def observe(
         vectors.append(flat(noisy))
     vectors.append(model_output.detach().to(first.device, wide).reshape(first.shape[0], -1))
     stacked = torch.stack(vectors, dim=1)  # (b, k, elements)
-    products = stacked @ stacked.transpose(1, 2)  # (b, k, k)
     ordered = reader.form != "unknown"
     whole = [flat(prediction.values) for prediction in predictions] + vectors[len(predictions) : -1]
     pairs = [[*whole, *(given.to(first.device, wide).reshape(first.shape[0], -1) for given in pair)] for pair in claims if ordered]
-    grams = torch.stack([basis @ basis.transpose(1, 2) for basis in (torch.stack(pair, dim=1) for pair in pairs)]) if pairs else None
+    with full_precision(first.device):
+        products = stacked @ stacked.transpose(1, 2)  # (b, k, k)
+        grams = torch.stack([basis @ basis.transpose(1, 2) for basis in (torch.stack(pair, dim=1) for pair in pairs)]) if pairs else None
     return Observation(products, stacked.sum(2), len(predictions), inputs, text, samples, whole_samples, modules, ordered, grams)

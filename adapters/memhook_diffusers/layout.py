@@ -15,6 +15,7 @@ from memhook_diffusers.roles import Decision, decide
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from memhook.capture.texts import Text
     from memhook.capture.trace import Row
     from memhook_diffusers.evidence import Observation
 
@@ -27,6 +28,7 @@ class Reading:
 
     predictions: list[Prediction]
     text: Tensor | None = None  # (n, b) fingerprints of the text embedding
+    texts: tuple[Text, ...] = ()  # (n,) a few numbers of each
 
     def numbers(self) -> Numbers:
         """All that a row can need, whichever pair it turns out to be; on the device."""
@@ -34,7 +36,7 @@ class Reading:
         pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
         measured = [magnitude(self.predictions[i].values, self.predictions[j].values) for i, j in pairs]
         same = [same_samples(self.predictions[i], self.predictions[j]) for i, j in pairs]
-        return Numbers(pairs, measured, same, self.text, self.predictions[0].values.shape[0])
+        return Numbers(pairs, measured, same, self.text, self.texts, self.predictions[0].values.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Numbers:
     magnitudes: list[Tensor]
     same_inputs: list[Tensor | None]
     text: Tensor | None
+    texts: tuple[Text, ...]
     samples: int
 
     def fill(self, row: Row, decision: Decision) -> None:
@@ -57,6 +60,7 @@ class Numbers:
         row.magnitude = self.magnitudes[index]
         row.same_inputs = self.same_inputs[index] if decision.roles == "assumed" else None  # else decided with that in view
         row.conditioning = None if self.text is None else self.text[[decision.cond, decision.uncond]]
+        row.unconditional = self.texts[decision.uncond] if self.texts else None
 
 
 @dataclass(eq=False)

@@ -44,6 +44,10 @@ class Reader:
         values = raw_output(output)
         if values is None:
             raise TypeError("the denoiser returned something else than in the captured call")
+        return self.part(values)
+
+    def part(self, values: Tensor) -> Tensor:
+        """The prediction in a raw output, or in some rows of it."""
         return values if self.axis == 0 else values.narrow(self.axis, self.start, self.stop - self.start)
 
     def flat(self, prediction: Tensor) -> Tensor:

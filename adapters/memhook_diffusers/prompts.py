@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from memhook.capture.trace import Trace
+    from memhook.hookspecs import Score
 from memhook_diffusers.loading import quiet_libraries
 from memhook_diffusers.previews import clean_estimates, decode
 
@@ -41,6 +42,7 @@ def run_prompts(
     evaluations: int | None = None,
     batch_size: int = 8,
     previews: Sequence[int] = (),
+    score: Score | str | None = None,
 ) -> Iterator[PromptRun]:
     """Watch a pipeline on each prompt, several prompts at a time.
 
@@ -57,6 +59,7 @@ def run_prompts(
         evaluations: Stop each run after so many steps and return no images; None for whole runs with images.
         batch_size: Prompts per run.
         previews: Steps (from 1) whose implied clean samples are decoded too.
+        score: As in `memhook.watch`.
 
     Yields:
         A `PromptRun` per batch.
@@ -85,7 +88,7 @@ def run_prompts(
         seeds = [seed + 1000 * (start + number) + image for number in range(len(batch)) for image in range(images_per_prompt)]
         generators = [torch.Generator().manual_seed(value) for value in seeds]
         # diffusers logs every cut-off prompt of a batch at length
-        with quiet_libraries(), contextlib.ExitStack() as stack, watch(pipeline) as trace:
+        with quiet_libraries(), contextlib.ExitStack() as stack, watch(pipeline, score=score) as trace:
             latents = stack.enter_context(clean_estimates(pipeline, previews)) if previews else {}
             output = pipeline(
                 prompt=list(batch),

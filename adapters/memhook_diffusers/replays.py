@@ -6,10 +6,10 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from memhook.adapting.replay import CallRecord, Path, look_up
-from memhook.adapting.tensors import map_tensors
+from memhook.adapting.tensors import leaves, map_tensors
 from memhook.adapting.whole_batch import ReplayFunction, RowsOrWhole
 from memhook.errors import ReplayError
-from memhook_diffusers.text import find_sample, is_per_row, leaves, read_text, write_text
+from memhook_diffusers.text import find_sample, is_per_row, read_text, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from memhook.adapting.hooks import hook_arguments
-from memhook.adapting.pairs import PairRecorder, Prediction, find_timestep
+from memhook.adapting.pairs import PairRecorder, find_timestep
 from memhook.adapting.substitution import Substitution
 from memhook.capture.trace import Row
+from memhook.errors import ReplayError
 from memhook_diffusers.calls import Call, Conditioning, make_call
 from memhook_diffusers.layout import Layout, Numbers, Reading
+from memhook_diffusers.outputs import raw_output
 from memhook_diffusers.parts import space_of
+from memhook_diffusers.remade import new_variance, remade
 from memhook_diffusers.repairs import repaired
 from memhook_diffusers.replays import make_replay
 from memhook_diffusers.ways import (
@@ -37,11 +40,12 @@ from memhook_diffusers.ways import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Space
     from memhook.hookspecs import Watcher
+    from memhook_diffusers.encoding import PipelineEncoder
     from memhook_diffusers.roles import Decision
 
 
@@ -57,8 +61,10 @@ class Run:
         schedulers: Sequence[Any],
         why_missing: Callable[[dict[str, Any]], str],
         remedy: str,
+        setting: Callable[[Sequence[Call], Mapping[str, Any]], Callable[[], Mapping[str, Any]]] | None = None,
+        encode: PipelineEncoder | None = None,
     ) -> None:
-        self._watcher, self._name = watcher, name
+        self._watcher, self._name, self._encode = watcher, name, encode
         self._why_missing, self._remedy = why_missing, remedy
         self._denoisers = [weakref.ref(denoiser) for denoiser in denoisers]
         self._schedulers = [weakref.ref(scheduler) for scheduler in schedulers]
@@ -70,6 +76,8 @@ class Run:
         self._layouts: dict[Any, Layout] = {}
         self._recorded = False
         self._unread: tuple[int, ...] | None = None  # what a scheduler was given that no output has the form of
+        self._setting = setting
+        self._about: Callable[[], Mapping[str, Any]] | None = None  # the setting of the run that goes on, as its first step showed it
         self._timesteps: Any = None  # the scheduler's, weakly: another tensor means another run
 
     # ---- what the hooks report ------------------------------------------------------------------------------------
@@ -81,6 +89,10 @@ class Run:
             call = make_call(module, args, kwargs, output, keep=self._watcher.wants_evaluations, clocks=clocks)
             if call is not None:
                 self._calls.append(call)
+
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
 
     def on_guider(self, guider: Any, arguments: dict[str, Any]) -> None:  # noqa: ARG002 -- the form of a tap's listener
         """A guider is given its predictions by name."""
@@ -101,10 +113,10 @@ class Run:
             self._unread = tuple(target.shape)
             return None  # a step of something that was not watched (the sound track of LTX 2)
         self._recorded = True
-        self._new_run(scheduler)
         used = [call for call, _, _, _ in ways[0]]
+        self._new_run(scheduler, calls, arguments)
         seen = find_timestep(used[0].args, used[0].kwargs)
-        timestep = seen if seen is not None else arguments.get("timestep")
+        timestep = seen if seen is not None and not _several(seen) else arguments.get("timestep", seen)
         if any(call.changed for call in used):
             self._lone(ways[0], space_of(scheduler), timestep, f"{self._name} changed its predictions in place before they could be read")
             return None
@@ -116,13 +128,12 @@ class Run:
                 self._lone(ways[0], space_of(scheduler), timestep, self._why_missing(used[-1].kwargs))
                 return None
             ways, doubled, target = [halves], equal_halves(target, halves[0][3]), target.chunk(2)[0]
-        changed = self._evaluate(ways, target, space_of(scheduler), timestep, doubled=doubled, named=named)
+        variance = model_output[:, target.shape[1] :] if doubled is None and target.shape != model_output.shape else None
+        changed = self._evaluate(ways, target, space_of(scheduler), timestep, doubled=doubled, named=named, variance=variance)
         if changed is None:
             return None
         if doubled is not None:
             changed = torch.cat([changed, changed])
-        if changed.shape != model_output.shape:  # a variance behind it stays
-            changed = torch.cat([changed, model_output[:, changed.shape[1] :]], dim=1)
         return {"model_output": changed}
 
     def finish(self) -> None:
@@ -137,21 +148,32 @@ class Run:
 
     # ---- private --------------------------------------------------------------------------------------------------
 
-    def _new_run(self, scheduler: Any) -> None:
+    def _new_run(self, scheduler: Any, calls: Sequence[Call], step: Mapping[str, Any]) -> None:
         timesteps = getattr(scheduler, "timesteps", None)
         if isinstance(timesteps, Tensor) and (self._timesteps is None or self._timesteps() is not timesteps):
             self._timesteps = weakref.ref(timesteps)
             self._layouts = {}
+            self._about = None
+        if self._about is None and self._setting is not None:
+            self._about = self._setting(calls, step)
 
     def _lone(self, way: Cut, space: Space, timestep: Any, reason: str) -> None:
         prediction = way[-1][3][-1]
         self._watcher.missing(f"{reason}. {self._remedy}")
-        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), space=space)
+        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), space=space, about=self._about)
         evaluation = self._recorder.evaluation(prediction, prediction, space=space, roles="assumed", timestep=timestep)
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
     def _evaluate(
-        self, ways: Sequence[Cut], target: Tensor, space: Space, timestep: Any, *, doubled: Tensor | None, named: Sequence[dict[str, Any]]
+        self,
+        ways: Sequence[Cut],
+        target: Tensor,
+        space: Space,
+        timestep: Any,
+        *,
+        doubled: Tensor | None,
+        named: Sequence[dict[str, Any]],
+        variance: Tensor | None,
     ) -> Tensor | None:
         readings = [read_way(way, self._conditioning) for way in ways]
         key = (doubled is not None, *((id(call.module), len(predictions)) for call, _, _, predictions in ways[0]))
@@ -167,38 +189,55 @@ class Run:
             name=self._name, reason=self._why_missing(ways[0][-1][0].kwargs), remedy=self._remedy,
         )  # fmt: skip
         values = readings[0].predictions[0].values
-        row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle)
-        if self._watcher.wants_evaluations:
+        row = Row(None, timestep, shape=tuple(values.shape[1:]), space=space, settle=settle, about=self._about)
+        if self._watcher.wants_roles:
             decision = decide()
             answer = self._watcher.emit(self._evaluation(readings, decision, space, timestep, doubled=doubled is not None), row)
-            if answer is not None and decision.cond is not None:
-                return self._change(answer, ways[decision.reading], readings[decision.reading].predictions, decision.cond, target)
+            if answer is not None and decision.cond is not None and decision.uncond is not None:
+                return self._change(answer, ways[decision.reading], (decision.cond, decision.uncond), target, variance)
         else:  # roles are decided when somebody asks: nothing here waits for the device
             first, second = readings[0].predictions[:2]
             self._watcher.emit(self._recorder.evaluation(first, second, space=space, roles="assumed", timestep=timestep), row)
         return None
 
-    def _change(self, answer: Intervention, way: Cut, predictions: list[Prediction], cond: int, target: Tensor) -> Tensor | None:
+    def _change(self, answer: Intervention, way: Cut, pair: tuple[int, int], target: Tensor, variance: Tensor | None) -> Tensor | None:
         """Do what was answered to an evaluation; what the scheduler is to be given instead, or None to leave it."""
+        predictions = [prediction for *_, found in way for prediction in found]
         calls = [(call, reader) for call, reader, _, found in way for _ in found]
-        (call, reader), prediction = calls[cond], predictions[cond]
+        (cond, uncond), (call, reader) = pair, calls[pair[0]]
+        prediction = predictions[cond]
         if answer.embedding is not None and prediction.embedding is not None and prediction.path is not None and call.record is not None:
             repeats = len(embedding_of(call, prediction.path)) // call.record.batch  # the frames of a video
             substitute = Substitution(prediction.path, prediction.embedding, answer.embedding, answer.substituted, repeats=repeats)
-            for denoiser in filter(None, (reference() for reference in self._denoisers)):
+            # Compared with None: a compiled module has no truth value.
+            for denoiser in [found for reference in self._denoisers if (found := reference()) is not None]:
                 self.changes.enter_context(
                     hook_arguments(denoiser, lambda args, kwargs: substitute(args, kwargs) if self._watcher.listening else (args, kwargs))
                 )
         if answer.pred_cond is None:
             return None
-        changed = repaired(target, predictions, cond, answer.pred_cond, reader)
+        raw: dict[int, Tensor] = {}
+        if answer.embedding is not None:
+            try:
+                raw = remade(way, cond, answer.embedding, also=variance is not None)
+            except ReplayError as error:
+                self._partial(f"what it predicts from the prompt a second time cannot be made anew ({error}), so the step keeps it")
+        others = {number: reader.part(values) for number, values in raw.items() if number != cond}
+        changed = repaired(target, predictions, cond, answer.pred_cond, reader, uncond=uncond, others=others)
         if changed is None:
-            warnings.warn(
-                f"{self._name} combines its predictions in a way that cannot be repaired after the fact, so this one step keeps its "
-                "prediction; the new embedding takes effect from the next step on",
-                stacklevel=2,
-            )
-        return changed
+            self._partial("it combines its predictions in a way that cannot be repaired after the fact, so this one step keeps its prediction")
+            return None
+        if variance is None:
+            return changed
+        values, moved = raw_output(call.output), (prediction.values != answer.pred_cond).flatten(1).any(1)
+        old = variance[:0] if values is None else values[prediction.rows][:, target.shape[1] :]
+        new = new_variance(variance, old, raw[cond][:, target.shape[1] :] if cond in raw else None, moved)
+        if new is None:
+            self._partial("the variance that its scheduler is given cannot be made anew, so this one step keeps it")
+        return torch.cat([changed, variance if new is None else new], dim=1)
+
+    def _partial(self, what: str) -> None:
+        warnings.warn(f"{self._name}: {what}; the new embedding takes effect from the next step on", stacklevel=2)
 
     def _evaluation(self, readings: Sequence[Reading], decision: Decision, space: Space, timestep: Any, *, doubled: bool) -> Any:
         predictions = readings[decision.reading].predictions
@@ -212,7 +251,7 @@ class Run:
             return replace(evaluation, pred_uncond=None)
         cond, uncond = predictions[decision.cond], predictions[decision.uncond]
         evaluation = self._recorder.evaluation(cond, uncond, space=space, roles=decision.roles, timestep=timestep)
-        return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name))
+        return replace(evaluation, replay=make_replay(evaluation.replay, cond, self._name), encode=self._encode)
 
 
 def _settling(
@@ -229,6 +268,11 @@ def _settling(
         return decision.final
 
     return settle
+
+
+def _several(timestep: Any) -> bool:
+    """Whether tokens or frames of a sample have times of their own, of which some are given and stand still (Wan 2.2 5B, Cosmos 2)."""
+    return isinstance(timestep, Tensor) and timestep.ndim > 1 and timestep.shape[1:].numel() > 1
 
 
 def _of_this_run(calls: Sequence[Call], scheduler: Any) -> list[Call]:

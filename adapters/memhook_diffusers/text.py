@@ -7,7 +7,7 @@ an axis of text-encoder layers ``(batch, l, layers, d)``, whose layers count as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memhook.adapting.pairs import EMBEDDING_NAMES, SAMPLE_NAMES
 from memhook.adapting.replay import Path, look_up
+from memhook.adapting.tensors import leaves
 
 _USUAL = (*EMBEDDING_NAMES, "clip_text", "c", "cap_feats", "encoder_hidden_states_t5", "encoder_hidden_states_llama3", "proj_embedding")
 _POOLED = ("class_labels",)
@@ -67,25 +68,6 @@ def write_text(value: Any, embedding: Tensor, batch: int) -> Any:
     if value.ndim == 2:
         return embedding[:, 0]
     return embedding.reshape(len(embedding), *value.shape[1:]).repeat_interleave(len(value) // batch, 0)
-
-
-def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor among the arguments, with where it stands."""
-
-    def walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
-        if isinstance(value, Tensor):
-            yield path, value
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                yield from walk(item, (*path, key))
-        elif isinstance(value, (list, tuple)):
-            for key, item in enumerate(value):
-                yield from walk(item, (*path, key))
-
-    for position, value in enumerate(args):
-        yield from walk(value, (position,))
-    for name, value in kwargs.items():
-        yield from walk(value, (name,))
 
 
 def row_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path, batch: int) -> tuple[int | None, Path]:

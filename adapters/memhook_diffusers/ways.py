@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memhook.adapting.replay import look_up
 from memhook.adapting.tensors import row_hash
+from memhook.capture.texts import Text
 from memhook_diffusers.calls import Call, Conditioning, cut, input_hashes, sample_hashes
 from memhook_diffusers.evidence import Observation, observe
 from memhook_diffusers.layout import Reading
@@ -30,7 +31,7 @@ Cut = list[tuple[Call, Reader, Tensor, list["Prediction"]]]
 def read_way(way: Cut, conditioning: Conditioning) -> Reading:
     """The predictions of a step, with fingerprints of their texts."""
     predictions = [prediction for *_, found in way for prediction in found]
-    text = None
+    text, texts = None, []
     if all(prediction.embedding is not None for prediction in predictions):
         hashes = []
         for number, (call, _, values, found) in enumerate(way):
@@ -38,11 +39,13 @@ def read_way(way: Cut, conditioning: Conditioning) -> Reading:
             whole = embedding_of(call, path)
             if not isinstance(whole, Tensor) or whole.shape[0] != values.shape[0]:
                 hashes += [row_hash(prediction.embedding) for prediction in found if prediction.embedding is not None]
+                texts += [Text.of(prediction.embedding) for prediction in found if prediction.embedding is not None]
             else:
-                whole_hashes = conditioning.of(whole, (number, *path))
+                whole_hashes, whole_text = conditioning.of(whole, (number, *path))
                 hashes += [whole_hashes[prediction.rows] for prediction in found]
+                texts += [whole_text.rows(prediction.rows) for prediction in found]
         text = torch.stack(hashes)
-    return Reading(predictions, text)
+    return Reading(predictions, text, tuple(texts))
 
 
 def embedding_of(call: Call, path: tuple[int | str, ...]) -> Any:

@@ -15,7 +15,7 @@ from memhook_kdiffusion.conditioning import Names
 from memhook_kdiffusion.run import Form, Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from memhook.adapting.replay import Path
     from memhook.hookspecs import Watcher
@@ -120,12 +120,18 @@ class KDiffusionAdapter:
             yield
 
     def describe(self) -> Mapping[str, Any]:
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
         if self._fingerprint is None:
             wrapper = self._wrapper()
             if wrapper is None or self._find(wrapper) is None:
-                raise MemhookError("the denoiser of this trace is not known any more, so its fingerprint cannot be taken; ask while it is alive")
+                raise MemhookError(
+                    "the denoiser of this trace is not known any more, so its fingerprint cannot be taken; keep it until the `with` block ends"
+                )
         assert self._fingerprint is not None  # noqa: S101 -- for the type checker: found with the denoiser
-        return self._fingerprint.describe()
+        return self._fingerprint.snapshot()
 
     def _find(self, wrapper: nn.Module) -> nn.Module | None:
         """The module that the wrapper calls; None where it has none yet (A1111 makes it when it is first asked for)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memhook.adapting.tensors import row_hash
+from memhook.capture.texts import Text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,3 +61,14 @@ def fingerprints(calls: Sequence[Call], pairing: Pairing) -> Tensor | None:
     hashes = torch.cat([row_hash(text) for text in texts if text is not None])
     places = torch.arange(1, pairing.cond.shape[1] + 1, device=hashes.device) * pairing.weights.to(hashes.device).ne(0)
     return torch.stack([(hashes[pairing.cond] * places).sum(1), hashes[pairing.uncond]])
+
+
+def unconditional_text(calls: Sequence[Call], pairing: Pairing) -> Text | None:
+    """A few numbers of the unconditional conditioning; None where it is no text."""
+    texts = [call.text for call in calls]
+    if any(text is None or text.ndim != 3 or not text.is_floating_point() for text in texts):
+        return None
+    found = [Text.of(text) for text in texts if text is not None]
+    tokens = min(text.tokens for text in found)  # calls may differ in length; the parts that all have are compared
+    numbers = zip(*(text.up_to(tokens).numbers for text in found), strict=True)
+    return Text(tokens, found[0].dtype, tuple(torch.cat(parts)[pairing.uncond] for parts in numbers))

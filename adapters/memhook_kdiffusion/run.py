@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.arguments import hook_calls_as_made
+from memhook.adapting.hooks import Replaced, hook_arguments
 from memhook.adapting.pairs import read_output
 from memhook.adapting.substitution import replace_prediction
 from memhook.adapting.tensors import version
@@ -25,7 +26,7 @@ from memhook_kdiffusion.calls import Call, find_declared, find_embedding, read_c
 from memhook_kdiffusion.conditioning import Names, Part, guidance_scale, read_conditioning
 from memhook_kdiffusion.matching import Pairing, doubt, find_by, in_order, match
 from memhook_kdiffusion.replays import Text, make_replay, read_text
-from memhook_kdiffusion.rows import Doubts, fingerprints, rows_of, same_inputs
+from memhook_kdiffusion.rows import Doubts, fingerprints, rows_of, same_inputs, unconditional_text
 from memhook_kdiffusion.space import Combined
 from memhook_kdiffusion.substitution import RowSubstitution
 
@@ -133,6 +134,10 @@ class Run:
             self._opened.calls.append(read_call(module, args, kwargs, output, find=self._finder(), keep=self._watcher.wants_evaluations))
         return None
 
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
+
     def on_close(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Replaced | None:
         """The wrapper has returned."""
         if not self._watcher.listening or self._opened is None:
@@ -169,8 +174,8 @@ class Run:
         if any(reference() is denoiser for reference in self._hooked):
             return
         self._hooked.append(weakref.ref(denoiser))
-        self.hooks.enter_context(hook_calls(denoiser, self.on_call))
         self.hooks.enter_context(hook_arguments(denoiser, self.on_arguments))
+        self.hooks.enter_context(hook_calls_as_made(denoiser, self.on_call, keep=self.keeps))
 
     # ---- private --------------------------------------------------------------------------------------------------
 
@@ -246,10 +251,11 @@ class Run:
         pred_cond = combined.pred_cond(denoised[pairing.cond])
         pred_uncond: Tensor | None = combined.pred_uncond()
         text, replay = None, None
-        if self._watcher.wants_evaluations:  # roles are decided now
+        if self._watcher.wants_roles:  # they are decided now
             doubts, guided = (flags.tolist() for flags in (pairing.doubts, pairing.guided))
             self._decide(doubts, guided)
             pred_uncond = pred_uncond if any(guided) else None
+        if self._watcher.wants_evaluations:
             text = read_text(opened.calls, pairing.cond, pairing.weights)
             replay = make_replay(opened.calls, pairing.cond, text, combined) if text is not None else None
         embedding = text.embedding if text is not None else None
@@ -266,6 +272,8 @@ class Run:
             self._decide(doubts, guided)
             if not any(guided):
                 row.magnitude = None
+            if row.unconditional is not None:
+                row.unconditional = row.unconditional.rows([at for at, has in enumerate(guided) if has]) if any(guided) else None
             return True
 
         return Row(
@@ -273,6 +281,7 @@ class Run:
             sigma=opened.sigma,
             same_inputs=same_inputs(opened.calls, pairing) if self._form.layout is not None else None,
             conditioning=fingerprints(opened.calls, pairing),
+            unconditional=unconditional_text(opened.calls, pairing),
             shape=tuple(denoised.shape[1:]),
             roles="matched" if self._form.layout is None else None,
             scale=None if opened.scale is None else np.full(len(opened.x), opened.scale),

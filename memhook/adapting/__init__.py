@@ -14,6 +14,16 @@ Lives here:
     checkpointing  gradient checkpointing of repeated blocks, for the time of a replay
     fingerprint    telling models apart
     tensors        nested arguments, rows of a batch, exact fingerprints
+    snapshots      what a fingerprint is made of: parameters' names, shapes and a little of their
+                   values
+    alterations    what was done to a model beside its own weights: adapters (LoRA), quantization,
+                   patched methods, attention processors
+    call_setting   what a call shows of the setting: the scale it gives adapters, what it is
+                   conditioned on beside the text
+    arguments      a call's arguments as they were when it was made
+    copies         copies and pickles of a watched object, without memhook
+    listeners      who listens, as a list that may change at any moment
+    moments        what is kept of a tensor's values, of all tensors of a model in one transfer
 
 May use: `memhook.capture` and what it uses. Used by: adapters, and every later room that asks a
 model again.

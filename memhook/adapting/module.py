@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memhook.adapting.arguments import hook_calls_as_made
+from memhook.adapting.call_setting import adapter_scale, at_call
 from memhook.adapting.fingerprint import Fingerprinted
-from memhook.adapting.hooks import Replaced, hook_arguments, hook_calls
+from memhook.adapting.hooks import Replaced, hook_arguments
 from memhook.adapting.module_calls import Layout, Moment, Plan, held, read_layout
 from memhook.adapting.pairs import PairRecorder, Prediction, find_sample, find_timestep, read_output, same_samples, split_call
 from memhook.adapting.replay import look_up
@@ -22,7 +24,7 @@ from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError, MemhookError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from memhook.adapting.replay import Path
     from memhook.capture.intervention import Intervention
@@ -90,13 +92,17 @@ class ModuleAdapter:
         if module is None:
             raise MemhookError("the module of this adapter was deleted before it was watched; make an adapter for the module that runs")
         run = _Run(watcher, plan=self._plan, path=self._path, space=self._space)
-        with contextlib.closing(run.changes), hook_calls(module, run.on_call):
+        with contextlib.closing(run.changes), hook_calls_as_made(module, run.on_call, keep=run.keeps):
             del module  # the block must not keep it alive
             yield
         run.end()
 
     def describe(self) -> Mapping[str, Any]:
         return self._fingerprint.describe()
+
+    def snapshot(self) -> Callable[[], Mapping[str, Any]]:
+        """What `describe` says now, to be read later."""
+        return self._fingerprint.snapshot()
 
 
 class _Run:
@@ -105,6 +111,8 @@ class _Run:
     def __init__(self, watcher: Watcher, *, plan: Plan, path: Path | None, space: Space) -> None:
         self._watcher, self._plan, self._path, self._space = watcher, plan, path, space
         self._recorder = PairRecorder()
+        self._about: Callable[[], Mapping[str, Any]] | None = None  # what the first call showed of the setting
+        self._scale = 1.0  # of adapters in it
         self._samples: int | None = None  # of the latest guided evaluation
         self._waiting: tuple[Prediction, Moment, Tensor] | None = None  # the first of two calls, and what the sampler has of it
         self.changes = contextlib.ExitStack()  # of the calls' arguments, once somebody intervened
@@ -121,6 +129,9 @@ class _Run:
             keep = self._watcher.wants_evaluations
             return split_call(module, args, kwargs, output, chunks=chunks, keep=keep, path=self._path, channels=channels)
 
+        scale = adapter_scale(kwargs)
+        if self._about is None or scale != self._scale:
+            self._about, self._scale = at_call({"model": module}, {type(module).__name__: kwargs}), scale
         batch, count, answer = values.shape[0], self._plan.count, None
         if self._plan.separate:
             answer = self._one_of_two(split(1)[0], Moment.of(sample, timestep), values)
@@ -132,6 +143,10 @@ class _Run:
             answer = self._guided(split(count), timestep)
         return None if answer is None else self._change(module, answer, output, values)
 
+    def keeps(self) -> bool:
+        """Whether the call that is about to be made will be kept, with its tensors."""
+        return self._watcher.listening and self._watcher.wants_evaluations
+
     def end(self) -> None:
         """The block ended normally."""
         if self._waiting is not None:
@@ -140,8 +155,9 @@ class _Run:
     def _guided(self, predictions: Sequence[Prediction], timestep: Tensor | float | None, earlier: Tensor | None = None) -> _Answer | None:
         cond, uncond = self._plan.pair(predictions)
         row = self._recorder.row(cond, uncond, timestep=timestep)
+        row.about = self._about
         self._samples = cond.values.shape[0]
-        if self._watcher.wants_evaluations and row.same_inputs is not None and not bool(row.same_inputs.all()):
+        if self._watcher.wants_roles and row.same_inputs is not None and not bool(row.same_inputs.all()):
             raise GuidanceLayoutError(
                 f"the two predictions of {self._samples} samples were made from different noisy samples (outputs of shapes "
                 f"{_shapes(cond, uncond)}); layout={self._plan.name} does not fit the calls, or {_OFF}"
@@ -175,11 +191,11 @@ class _Run:
         return Replaced(replace_prediction(output, values, changed))
 
     def _unguided(self, prediction: Prediction, timestep: Tensor | float | None, reason: str, refuted: tuple[Tensor, str] | None = None) -> None:
-        if refuted is not None and self._watcher.wants_evaluations and bool(refuted[0]):
+        if refuted is not None and self._watcher.wants_roles and bool(refuted[0]):
             raise GuidanceLayoutError(refuted[1])
         self._watcher.missing(reason)
         evaluation = self._recorder.evaluation(prediction, prediction, space=self._space, roles="declared", timestep=timestep)
-        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), refuted=refuted)
+        row = Row(None, timestep, shape=tuple(prediction.values.shape[1:]), refuted=refuted, about=self._about)
         self._watcher.emit(replace(evaluation, pred_uncond=None), row)
 
     def _does_not_divide(self, whole: Prediction, timestep: Tensor | float | None) -> None:

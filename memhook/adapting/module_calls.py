@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from memhook.adapting.tensors import copy_of, version
+from memhook.capture.rows import number, own
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Moment:
         level = None
         if isinstance(timestep, Tensor):
             timestep = timestep.detach().clone()  # hosts may count down in place
-            level = float(timestep.reshape(-1)[0]) if timestep.device.type == "cpu" and timestep.numel() else None
+            level = number(own(timestep)) if timestep.device.type == "cpu" and timestep.numel() else None
         elif timestep is not None:
             level = float(timestep)
         if sample is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memhook.adapting.replay import CallRecord, Path, Replay, look_up
 from memhook.adapting.tensors import copy_of, row_hash, take_rows, version
 from memhook.capture.prediction import Evaluation, Roles, Space, magnitude
+from memhook.capture.texts import Text
 from memhook.capture.trace import Row
 from memhook.errors import GuidanceLayoutError
 
@@ -164,7 +165,7 @@ class PairRecorder:
     """Makes trace rows and evaluations of pairs of predictions, for one watch."""
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[Tensor, Tensor], list[Any], Tensor] | None = None
+        self._last: tuple[tuple[Tensor, Tensor], list[Any], tuple[Tensor, Text]] | None = None
 
     def row(
         self,
@@ -175,26 +176,28 @@ class PairRecorder:
         sigma: Tensor | float | None = None,
     ) -> Row:
         """The numbers of a pair; nothing here waits for the device."""
+        conditioning, unconditional = self._conditioning(cond, uncond)
         return Row(
             magnitude(cond.values, uncond.values),
             timestep=timestep.detach() if isinstance(timestep, Tensor) else timestep,
             sigma=sigma.detach() if isinstance(sigma, Tensor) else sigma,
             same_inputs=same_samples(cond, uncond),
-            conditioning=self._conditioning(cond, uncond),
+            conditioning=conditioning,
+            unconditional=unconditional,
             shape=tuple(cond.values.shape[1:]),
         )
 
-    def _conditioning(self, first: Prediction, second: Prediction) -> Tensor | None:
+    def _conditioning(self, first: Prediction, second: Prediction) -> tuple[Tensor, Text] | tuple[None, None]:
         if first.embedding is None or second.embedding is None:
-            return None
+            return None, None
         pair = first.embedding, second.embedding
         state = [(tensor.data_ptr(), tensor.shape, tensor.stride(), version(tensor)) for tensor in pair]
         countable = not any(tensor.is_inference() for tensor in pair)
         if countable and self._last is not None and self._last[1] == state:  # hosts pass one tensor through a whole run
             return self._last[2]
-        hashes = torch.stack([row_hash(tensor) for tensor in pair])  # (2, b)
-        self._last = pair, state, hashes  # the tensors too: memory that is held is not given to another
-        return hashes
+        found = torch.stack([row_hash(tensor) for tensor in pair]), Text.of(second.embedding)  # (2, b)
+        self._last = pair, state, found  # the tensors too: memory that is held is not given to another
+        return found
 
     def evaluation(
         self,
@@ -215,5 +218,6 @@ class PairRecorder:
             pred_cond, pred_uncond = copy_of(pred_cond), copy_of(pred_uncond)
         replay = None
         if cond.call is not None and cond.embedding is not None and cond.path is not None:
-            replay = Replay(cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read)
+            against = (uncond.call, uncond.rows) if uncond.call is not None and uncond is not cond else None
+            replay = Replay(cond.call, rows=cond.rows, path=cond.path, embedding=cond.embedding, expected=pred_cond, read=cond.read, against=against)
         return Evaluation(pred_cond, pred_uncond, space=space, roles=roles, timestep=timestep, sigma=sigma, embedding=cond.embedding, replay=replay)

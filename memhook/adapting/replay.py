@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from memhook.adapting.checkpointing import checkpointed
 from memhook.adapting.kept_state import set_aside
-from memhook.adapting.tensors import copy_of, like, map_tensors, take_rows
+from memhook.adapting.tensors import copy_of, leaves, like, map_tensors, take_rows
 from memhook.capture.unrecorded import unrecorded
 from memhook.errors import ReplayError
 
@@ -56,6 +57,7 @@ class CallRecord:
         self.args: tuple[Any, ...] = map_tensors(args, copy_of)
         self.kwargs: dict[str, Any] = map_tensors(kwargs, copy_of)
         self.batch = batch
+        self.changes: Sequence[tuple[Path, Tensor]] = ()  # other arguments that are to be exchanged, for the rows that are run
         self._device_type = device.type
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
 
@@ -72,10 +74,18 @@ class CallRecord:
             args = put(args, path, embedding)
         else:
             kwargs = put(kwargs, path, embedding)
+        for place, value in self.changes:
+            args, kwargs = (put(args, place, value), kwargs) if isinstance(place[0], int) else (args, put(kwargs, place, value))
         enabled, dtype = self._autocast
         autocast = torch.autocast(self._device_type, dtype=dtype, enabled=enabled)
         with replayed(module), checkpointed(module, lambda: replayed(module)), autocast, _saved_as_used():
             return module(*args, **kwargs)
+
+    def changed(self, changes: Sequence[tuple[Path, Tensor]]) -> CallRecord:
+        """The same call with other arguments exchanged, each for the rows that will be run."""
+        part = copy.copy(self)
+        part.changes = changes
+        return part
 
 
 class Replay:
@@ -93,9 +103,11 @@ class Replay:
         embedding: Tensor,
         expected: Tensor,
         read: Callable[[Any], Tensor],
+        against: tuple[CallRecord, slice | Tensor] | None = None,
     ) -> None:
         self._call, self._rows, self._path = call, rows, path
         self._embedding, self._expected, self._read = embedding, expected, read
+        self._against = against  # where the unconditional rows stand: what differs between the two depends on the text
         self._checked = False  # each by itself: a cache may have computed one evaluation and skipped the next
 
     def __call__(self, embedding: Tensor) -> Tensor:
@@ -115,8 +127,49 @@ class Replay:
         samples = samples.cpu()  # an index on the CPU fits tensors on every device
         rows = torch.arange(self._call.batch)[self._rows][samples]
         return Replay(
-            self._call, rows=rows, path=self._path, embedding=self._embedding[samples], expected=self._expected[samples], read=self._read
+            self._call, rows=rows, path=self._path, embedding=self._embedding[samples], expected=self._expected[samples], read=self._read,
+            against=self._against,
         )  # fmt: skip
+
+    def reword(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        """The predictions for ``n`` other texts on every captured sample, text by text, ``(n b, ...)``.
+
+        Args:
+            before: What the text encoder makes of the captured prompt, ``(1, ...)`` each, the embedding first.
+            after: The same for the other texts, ``(n, ...)`` each.
+
+        Raises:
+            ReplayError: The call depends on more of the text than the encoder's answers.
+        """
+        changes = self.other_text(before, after)
+        if not self._checked:
+            self(self._embedding.clone())
+        samples = len(self._embedding)
+        taken = self.take(torch.arange(samples).repeat(len(after[0])))
+        taken._checked = True  # the same call, row by row
+        taken._call = self._call.changed([(place, value.repeat_interleave(samples, 0)) for place, value in changes])
+        return taken(after[0].to(self._embedding).repeat_interleave(samples, 0))
+
+    def with_text(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        """The prediction with other tensors made of the text, differentiable in all of them.
+
+        Args:
+            before: What the text encoder makes of each sample's prompt, ``(b, ...)`` each, the embedding first.
+            after: What takes the place of these, ``(b, ...)`` each.
+
+        Raises:
+            ReplayError: The call depends on more of the text than these.
+        """
+        changes = self.other_text(before, after)
+        if not self._checked:
+            self(self._embedding.clone())
+        changed = copy.copy(self)
+        changed._call = self._call.changed(changes)
+        return changed(after[0])
+
+    def other_text(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> list[tuple[Path, Tensor]]:
+        """What `reword` exchanges beside the embedding: where it stands, and its rows ``(n, ...)`` for the other texts."""
+        return _other_text(self._call, self._rows, self._path, self._against, list(zip(before, after, strict=True))[1:])
 
     def _run(self, embedding: Tensor) -> Tensor:
         return self._read(self._call.again(self._rows, self._path, embedding.to(self._embedding.dtype)))
@@ -135,6 +188,65 @@ class Replay:
                 "call model.eval() and replay inside the watch"
             )
         self._checked = True
+
+
+def _other_text(
+    call: CallRecord,
+    rows: slice | Tensor,
+    path: Path,
+    against: tuple[CallRecord, slice | Tensor] | None,
+    known: Sequence[tuple[Tensor, Tensor]],
+) -> list[tuple[Path, Tensor]]:
+    """What else of a call's arguments is made of the text, such as a pooled vector or a mask, each with what takes its place.
+
+    Args:
+        call: The captured call.
+        rows: Its conditional rows.
+        path: Where the embedding stands, which is not meant.
+        against: The call and rows of the unconditional prediction.
+        known: What the text encoder makes of the captured prompt ``(1, ...)``, and of the other texts ``(n, ...)``.
+
+    Raises:
+        ReplayError: An argument differs between the conditional and the unconditional rows and is nothing that the encoder made.
+    """
+    found: list[tuple[Path, Tensor]] = []
+    for place, leaf in leaves(call.args, call.kwargs):
+        if place[: len(path)] == path or leaf.ndim == 0 or not call.batch or leaf.shape[0] % call.batch:
+            continue
+        mine = leaf.reshape(call.batch, -1)[rows]
+        match = next((after for before, after in known if leaf.shape[0] == call.batch and _is_made_of(before, leaf[rows])), None)
+        if match is not None:
+            found.append((place, match.to(leaf)))
+        elif against is not None and not _is_sample(place) and not _same_rows(mine, look_up(against[0].args, against[0].kwargs, place), against):
+            where = ".".join(map(str, place))
+            raise ReplayError(
+                f"the denoiser is given more of the text than its embedding: {where} {tuple(leaf.shape)} differs between the conditional and the "
+                "unconditional rows, and it is nothing that encode made of the prompt. Let encode answer it too, after the embedding, or ask the "
+                "host again: pass a function of texts instead of a trace"
+            )
+    return found
+
+
+def _is_made_of(before: Tensor, rows: Tensor) -> bool:
+    if rows.shape[1:] != before.shape[1:] or rows.is_floating_point() != before.is_floating_point():
+        return False
+    if not rows.is_floating_point():
+        return torch.equal(rows, before.to(rows).expand_as(rows))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    expected = before.to(rows.device, wide).expand_as(rows)
+    return bool((rows.to(wide) - expected).norm() <= _TOLERANCE.get(rows.dtype, 1e-2) * expected.norm().clamp_min(1e-30))
+
+
+def _is_sample(place: Path) -> bool:
+    return place[0] in (0, "sample", "hidden_states", "x", "latent_model_input", "latents")
+
+
+def _same_rows(mine: Tensor, other: Any, against: tuple[CallRecord, slice | Tensor]) -> bool:
+    record, rows = against
+    if not isinstance(other, Tensor) or other.ndim == 0 or other.shape[0] % record.batch:
+        return False
+    theirs = other.reshape(record.batch, -1)[rows]
+    return theirs.shape == mine.shape and bool(theirs.eq(mine).logical_or(theirs.ne(theirs) & mine.ne(mine)).all())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import weakref
@@ -38,6 +39,25 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:
+    """Every tensor among a call's arguments, with where it stands."""
+
+    def walk(value: Any, path: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(item, (*path, key))
+        elif isinstance(value, (list, tuple)):
+            for key, item in enumerate(value):
+                yield from walk(item, (*path, key))
+
+    for position, value in enumerate(args):
+        yield from walk(value, (position,))
+    for name, value in kwargs.items():
+        yield from walk(value, (name,))
+
+
 def like(tree: Any, items: dict[Any, Any] | list[Any]) -> Any:
     """The items in a container of the kind of ``tree``; in a plain one where that kind cannot be made of its items."""
     kind = type(tree)
@@ -52,6 +72,13 @@ def like(tree: Any, items: dict[Any, Any] | list[Any]) -> Any:
 def take_rows(tree: Any, rows: slice | Tensor, *, of: int) -> Any:
     """The rows of every tensor whose batch axis has ``of`` rows; other tensors are shared by all rows and kept whole."""
     return map_tensors(tree, lambda tensor: tensor[rows] if tensor.ndim > 0 and tensor.shape[0] == of else tensor)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast inside the block, whatever mode the host runs in: products of predictions need all their digits."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def version(tensor: Tensor) -> int | None:

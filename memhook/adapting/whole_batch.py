@@ -5,7 +5,7 @@ Perturbed attention, for one, is a layer that cuts the batch in three: it takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +68,35 @@ class RowsOrWhole:
             return self(captured.index_copy(0, samples.to(captured.device), part.to(captured)))[samples]
 
         return taken
+
+    def reword(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        """The predictions for ``n`` other texts on every sample, text by text, ``(n b, ...)``; see `Replay.reword`."""
+        captured, rows = self._cond.embedding, self._rows
+        if captured is None or not isinstance(rows, Replay):
+            raise ReplayError("the captured call has no embedding, so no other text can be tried on it")
+        if self._chosen is None:
+            self(captured.clone())
+        if self._chosen is rows:
+            return rows.reword(before, after)
+        if rows.other_text(before, after):
+            raise ReplayError(
+                "this model needs its whole batch, and more of it than the embedding is made of the text; ask the host again: pass a function "
+                "of texts instead of a trace"
+            )
+        return torch.cat([self(one.to(captured).expand_as(captured)) for one in after[0].unsqueeze(1)])
+
+    def with_text(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        """The prediction with other tensors made of the text; see `Replay.with_text`."""
+        captured, rows = self._cond.embedding, self._rows
+        if captured is None or not isinstance(rows, Replay):
+            raise ReplayError("the captured call has no embedding, so no other text can be tried on it")
+        if self._chosen is None:
+            self(captured.clone())
+        if self._chosen is rows:
+            return rows.with_text(before, after)
+        if rows.other_text(before, after):
+            raise ReplayError("this model needs its whole batch, and more of it than the embedding is made of the text")
+        return self(after[0])
 
     def _whole(self, embedding: Tensor) -> Tensor:
         cond, call, whole = self._cond, self._cond.call, self._embedding()

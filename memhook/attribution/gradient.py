@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memhook.adapting.tensors import row_hash
+from memhook.attribution.inputs import InputGradients, input_gradients, liftable
 from memhook.attribution.tokens import Tokens, WordScore, tokens_of
 from memhook.capture.objective import Objective, check_embedding, check_values, independent
 from memhook.capture.prediction import Evaluation
@@ -33,11 +34,13 @@ class TokenAttribution:
         gradients: ``(s, b, l)``: the norm of the gradient at each evaluation, sample and position.
         groups: ``(b,)``: to which prompt each sample belongs.
         prompts: Each prompt's `Tokens`.
+        at: Where the gradient was taken: at the text encoder's ``"input"`` or ``"output"``.
     """
 
     gradients: np.ndarray
     groups: np.ndarray
     prompts: tuple[Tokens, ...]
+    at: Literal["input", "output"] = "output"
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -90,6 +93,7 @@ class TokenAttribution:
         """Everything shown, as plain lists and numbers for JSON."""
         return {
             "evaluations": len(self.gradients),
+            "at": self.at,
             "prompts": [
                 {
                     "prompt": tokens.prompt,
@@ -122,7 +126,8 @@ class TokenAttribution:
 
     def __repr__(self) -> str:
         evaluations, samples, positions = self.gradients.shape
-        return f"<TokenAttribution: {len(self.prompts)} prompts, {samples} samples, {positions} positions, {evaluations} evaluations>"
+        where = " at the encoder's input" if self.at == "input" else ""
+        return f"<TokenAttribution{where}: {len(self.prompts)} prompts, {samples} samples, {positions} positions, {evaluations} evaluations>"
 
     def _repr_html_(self) -> str:
         from memhook.attribution.views import to_html
@@ -147,18 +152,26 @@ def attribute_tokens(
     embedding: Tensor | None = None,
     *,
     tokens: Tokens | Sequence[str] | Sequence[Tokens | Sequence[str]] | None = None,
+    at: Literal["input", "output"] | None = None,
 ) -> TokenAttribution:
     """Score every token by the gradient of the magnitude (Wen et al. 2024, section 4.1): ``SS_i = mean_s || d m[s] / d e_i ||_2``.
 
     One replay and one backward pass for each evaluation, all tokens and samples at once. Gradients are taken per sample, on the
     trajectory that was sampled, and with respect to the conditional embedding only. Models keep no ``.grad``.
 
+    The paper takes ``e`` at the text encoder's output, where the encoder has carried a word's part to all later positions. Taken at its
+    input, through encoder and denoiser in one backward pass, the score is the word's own; it costs one forward and backward pass of the
+    encoder more. `TokenAttribution.at` says where it was taken.
+
     Args:
         trace_or_objectives: A trace that kept its calls (``memhook.probe``, or ``watch(..., keep="calls")``); or the evaluations to
             average over, such as ``trace.evaluations[:1]`` for the first; or your own objectives ``(b, l, d) -> (b,)``.
         embedding: Where to take the gradient, ``(b, l, d)``. The embedding that an evaluation was captured with where None.
         tokens: The prompt's tokens: from `prompt_tokens`, or a string for each position; for several prompts a list of these, one a
-            prompt in order. Positions are numbered where None.
+            prompt in order. Where None, those that the encoder was seen to read, else numbers of positions.
+        at: ``"input"``: with respect to the token embeddings that enter the text encoder, for hosts whose encoder was seen at work in the
+            watched block. ``"output"``: the paper's. Where None, the input where that is possible, and the output otherwise and where an
+            embedding or objectives of your own are given.
 
     Returns:
         Scores for each sample and position, averaged over a prompt's samples for words; a NaN is an error, never a score.
@@ -166,7 +179,8 @@ def attribute_tokens(
     Raises:
         MemhookError: Shapes do not fit, an objective does not depend on the embedding, or a gradient is not finite.
         NoGuidanceError: No evaluation had an unconditional prediction.
-        ReplayError: Calls were not kept, or cannot be replayed.
+        ReplayError: Calls were not kept, or cannot be replayed; with ``at="input"``, no call of the encoder that was seen made the
+            captured embedding.
 
     >>> import memhook
     >>> from memhook.testing import tiny_unet, sample
@@ -175,8 +189,14 @@ def attribute_tokens(
     >>> memhook.attribute_tokens(trace, tokens=["a", "b", "c", "d", "e"]).scores.shape
     (1, 5)
     """
+    if at not in (None, "input", "output"):
+        raise MemhookError(f'at is {at!r}; expected "input", "output" or None')
     pairs = _pairs(trace_or_objectives, embedding)
-    rows = [token_gradient(objective, at, name=f"evaluation {number}") for number, (objective, at) in enumerate(pairs)]
+    lifted = _at_input(trace_or_objectives, embedding, required=at == "input") if at != "output" else None
+    if lifted is not None:
+        rows = lifted.rows
+    else:
+        rows = [token_gradient(objective, start, name=f"evaluation {number}") for number, (objective, start) in enumerate(pairs)]
     if len({row.shape for row in rows}) > 1:
         sizes = sorted({tuple(row.shape) for row in rows})
         raise MemhookError(
@@ -190,7 +210,38 @@ def attribute_tokens(
             "the model's dtype may be too narrow for it: attribute in bfloat16 or float32"
         )
     groups = trace_or_objectives.groups if isinstance(trace_or_objectives, Trace) else _same_rows(pairs[0][1])
-    return TokenAttribution(gradients, groups, _prompts(tokens, groups, gradients.shape[2]))
+    if lifted is None:
+        return TokenAttribution(gradients, groups, _prompts(tokens, groups, gradients.shape[2]))
+    own = lifted.tokens
+    if tokens is None and own is not None:
+        tokens = [own[int(np.flatnonzero(groups == prompt)[0])] for prompt in range(int(groups.max()) + 1)]
+    return TokenAttribution(gradients, groups, _prompts(tokens, groups, gradients.shape[2]), "input")
+
+
+def _at_input(given: Any, embedding: Tensor | None, *, required: bool) -> InputGradients | None:
+    """The gradients at the encoder's input; None where they are not to be had, and not required."""
+    evaluations = _guided(given)
+    encoder = liftable(evaluations) if embedding is None else None
+    if encoder is None:
+        if not required:
+            return None
+        seen = "an embedding or objectives of your own were given" if embedding is not None else "no text encoder of this host was seen at work"
+        raise ReplayError(
+            f'{seen}, so it is not known what entered the encoder; leave words out (memhook.leave_one_out with encode=), or take at="output"'
+        )
+    try:
+        return input_gradients(evaluations, encoder)
+    except ReplayError:
+        if required:
+            raise
+        return None  # `TokenAttribution.at` says so
+
+
+def _guided(given: Any) -> list[Evaluation]:
+    """The evaluations among what was given, those with an unconditional prediction of a trace."""
+    items = given.evaluations if isinstance(given, Trace) else list(given) if isinstance(given, Sequence) else [given]
+    kept = [item for item in items if not isinstance(given, Trace) or item.pred_uncond is not None]
+    return kept if all(isinstance(item, Evaluation) for item in kept) else []
 
 
 def token_gradient(objective: Objective, embedding: Tensor, *, name: str = "the objective") -> Tensor:

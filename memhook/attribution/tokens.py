@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from memhook.attribution.inversion import added_tokens, with_all_vectors
 from memhook.errors import MemhookError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
 Marks = Literal["</w>", "Ġ", "▁", "none"]
 """How a vocabulary writes the borders of words: CLIP ends a word with ``</w>``, byte-level vocabularies (GPT-2, Llama 3, Qwen) begin
@@ -70,7 +71,13 @@ class Tokens:
 
 
 def tokens_of(
-    pieces: Sequence[str], *, special: Sequence[bool] | None = None, marks: Marks | None = None, prompt: str = "", cut_off: str = ""
+    pieces: Sequence[str],
+    *,
+    special: Sequence[bool] | None = None,
+    marks: Marks | None = None,
+    prompt: str = "",
+    cut_off: str = "",
+    added: Container[str] = (),
 ) -> Tokens:
     """Tokens from plain strings, for hosts without a Hugging Face tokenizer.
 
@@ -80,6 +87,7 @@ def tokens_of(
         marks: How borders of words are written; found in the strings where left out.
         prompt: The prompt itself.
         cut_off: What did not fit the encoder's window.
+        added: Entries that were added to the vocabulary (textual inversion): a word each, together with its other vectors ``NAME_1`` and on.
     """
     if isinstance(pieces, str) or not all(isinstance(piece, str) for piece in pieces):
         kinds = sorted({type(piece).__name__ for piece in pieces})
@@ -88,14 +96,17 @@ def tokens_of(
     if len(flags) != len(pieces):
         raise MemhookError(f"there are {len(pieces)} tokens and {len(flags)} special flags; expected one flag a token")
     found = marks if marks is not None else _find_marks([piece for piece, flag in zip(pieces, flags, strict=True) if not flag])
-    return Tokens(tuple(pieces), flags, _words(pieces, flags, found), prompt, cut_off)
+    return Tokens(tuple(pieces), flags, _words(pieces, flags, found, added), prompt, cut_off)
 
 
 def prompt_tokens(tokenizer: Any, prompt: str, *, length: int | None = None) -> Tokens:
     """The tokens of a prompt from a Hugging Face tokenizer, padded and cut as pipelines do it.
 
-    For Stable Diffusion XL, whose two encoders are joined along the width, either tokenizer will do. Where two encoders are joined
-    along the positions (Stable Diffusion 3), add their tokens: ``prompt_tokens(clip, p, length=77) + prompt_tokens(t5, p, length=256)``.
+    * Placeholders of textual inversion stand for all of their vectors, as diffusers expands them, and are one word.
+    * An embedding that is several windows of a CLIP encoder long is labelled as compel, Stable Diffusion's long-prompt pipelines and their
+      kin make it: as many tokens as fit in each window, with a start and an end; or one start and one end for all of it.
+    * For Stable Diffusion XL, whose two encoders are joined along the width, either tokenizer will do. Where two are joined along the
+      positions (Stable Diffusion 3), add their tokens: ``prompt_tokens(clip, p, length=77) + prompt_tokens(t5, p, length=256)``.
 
     Args:
         tokenizer: Such as ``pipeline.tokenizer``: CLIP, T5, Llama and their kin, fast or slow.
@@ -104,16 +115,27 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, length: int | None = None) -> 
             none is not padded.
 
     Warns:
-        UserWarning: The prompt is longer than the window; says what was cut off.
+        UserWarning: The prompt is longer than the window; says what was cut off. Or an encoder of this kind does not make ``length``
+            positions, so they are numbered.
     """
     if not isinstance(prompt, str):
         raise MemhookError(f"the prompt is a {type(prompt).__name__}; expected a string. Call once for each prompt")
-    whole = list(tokenizer(prompt, truncation=False, padding=False, verbose=False)["input_ids"])
-    own = getattr(tokenizer, "model_max_length", None)
-    window = length if length is not None else own if own is not None and own < _UNLIMITED else len(whole)
-    pads = getattr(tokenizer, "pad_token", None) is not None
-    given = tokenizer(prompt, truncation=True, max_length=window, padding="max_length" if pads else False, return_attention_mask=True)
-    ids, attended = list(given["input_ids"]), list(given["attention_mask"])
+    marks, own = _marks_of(tokenizer), getattr(tokenizer, "model_max_length", None)
+    own = own if own is not None and own < _UNLIMITED else None
+    windows = 1
+    if length is not None and own is not None and marks == "</w>" and length > own:
+        windows = length // own if length % own == 0 else 1
+        if windows == 1 and (length - 2) % (own - 2):
+            return _numbered(length, own, prompt)
+    expanded = with_all_vectors(tokenizer, prompt)
+    whole = list(tokenizer(expanded, truncation=False, padding=False, verbose=False)["input_ids"])
+    window = length if length is not None else own if own is not None else len(whole)
+    if windows > 1 and own is not None:
+        ids, attended = _in_windows(tokenizer, whole, own, windows)
+    else:
+        pads = getattr(tokenizer, "pad_token", None) is not None
+        given = tokenizer(expanded, truncation=True, max_length=window, padding="max_length" if pads else False, return_attention_mask=True)
+        ids, attended = list(given["input_ids"]), list(given["attention_mask"])
     never_words = _special_ids(tokenizer)
     special = [not seen or token in never_words for token, seen in zip(ids, attended, strict=True)]
     pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]
@@ -129,7 +151,52 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, length: int | None = None) -> 
             f"cut off, without influence on the images: {cut_off!r}. Shorten the prompt",
             stacklevel=2,
         )
-    return tokens_of(pieces, special=special, marks=_marks_of(tokenizer), prompt=prompt, cut_off=cut_off)
+    return tokens_of(pieces, special=special, marks=marks, prompt=prompt, cut_off=cut_off, added=added_tokens(tokenizer))
+
+
+def id_tokens(tokenizer: Any, ids: Sequence[int], *, attended: Sequence[bool | int] | None = None, prompt: str = "") -> Tokens:
+    """The tokens that a text encoder was given, for hosts that make them in a way of their own.
+
+    Args:
+        tokenizer: The one that made them.
+        ids: What stands at each of the ``l`` positions.
+        attended: The attention mask; start, end and padding are recognized by their ids as well.
+        prompt: The prompt, if known.
+    """
+    ids = [int(token) for token in ids]
+    never_words, pad = _special_ids(tokenizer), getattr(tokenizer, "pad_token_id", None)
+    seen = [True] * len(ids) if attended is None else [bool(flag) for flag in attended]
+    if len(seen) != len(ids):
+        raise MemhookError(f"there are {len(ids)} ids and {len(seen)} flags of the attention mask; expected one flag an id")
+    if attended is None and pad is not None:  # padding stands at the end: a prompt may hold that token too
+        last = next((position for position in range(len(ids), 0, -1) if ids[position - 1] != pad), 0)
+        seen[last:] = [False] * (len(ids) - last)
+    special = [not flag or token in never_words for token, flag in zip(ids, seen, strict=True)]
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]
+    return tokens_of(pieces, special=special, marks=_marks_of(tokenizer), prompt=prompt, added=added_tokens(tokenizer))
+
+
+def _numbered(length: int, own: int, prompt: str) -> Tokens:
+    warnings.warn(
+        f"the embedding has {length} positions, which no windows of {own} of this tokenizer's encoder make, so its positions are numbered and no "
+        "words are shown: another encoder made some of them. Add the tokens of both: prompt_tokens(first, ...) + prompt_tokens(second, ...)",
+        stacklevel=3,
+    )
+    return tokens_of([f"#{position}" for position in range(length)], marks="none", prompt=prompt)
+
+
+def _in_windows(tokenizer: Any, whole: Sequence[int], own: int, windows: int) -> tuple[list[int], list[bool]]:
+    """Ids and attention of ``windows`` windows of ``own`` positions, each with a start, as much of the prompt as fits, an end, and padding."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    content = list(whole[1:-1]) if len(whole) > 1 and (whole[0], whole[-1]) == (start, end) else list(whole)
+    ids, attended = [], []
+    for number in range(windows):
+        part = content[number * (own - 2) : (number + 1) * (own - 2)]
+        padding = own - 2 - len(part)
+        ids += [start, *part, end, *[pad] * padding]
+        attended += [True] * (len(part) + 2) + [False] * padding
+    return ids, attended
 
 
 def printable(text: str) -> str:
@@ -166,11 +233,26 @@ def _find_marks(pieces: Sequence[str]) -> Marks:
     return "▁" if any("▁" in piece for piece in pieces) else "none"
 
 
-def _words(pieces: Sequence[str], special: Sequence[bool], marks: Marks) -> tuple[Word, ...]:
+def _words(pieces: Sequence[str], special: Sequence[bool], marks: Marks, added: Container[str]) -> tuple[Word, ...]:
     found: list[list[int]] = []
+    texts: dict[int, str] = {}  # of placeholders, by their first position
+    vectors: dict[int, int] = {}  # how many of theirs were seen
     open_word = False  # the next position may go on with the last word
     for position, piece in enumerate(pieces):
         if special[position]:
+            open_word = False
+            continue
+        if piece in added:
+            # Some tokenizers keep the space before it as a piece of its own.
+            blank = found.pop() if open_word and all(not pieces[index].strip("Ġ▁") for index in found[-1]) else []
+            begin = blank[0] if blank else position
+            name = texts.get(found[-1][0], "") if found else ""
+            if name and found[-1][-1] == begin - 1 and piece == f"{name}_{vectors[found[-1][0]]}":
+                vectors[found[-1][0]] += 1
+                found[-1] += [*blank, position]
+            else:
+                found.append([*blank, position])
+                texts[begin], vectors[begin] = piece, 1
             open_word = False
             continue
         if marks == "</w>":
@@ -183,7 +265,7 @@ def _words(pieces: Sequence[str], special: Sequence[bool], marks: Marks) -> tupl
             found.append([])
         found[-1].append(position)
         open_word = not (marks == "</w>" and piece.endswith("</w>"))
-    return tuple(Word(_spell([pieces[position] for position in word], marks), tuple(word)) for word in found)
+    return tuple(Word(texts.get(word[0]) or _spell([pieces[position] for position in word], marks), tuple(word)) for word in found)
 
 
 def _spell(pieces: Sequence[str], marks: Marks) -> str:

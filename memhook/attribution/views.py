@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memhook.attribution.tokens import printable, shown
@@ -48,7 +49,8 @@ def _title(attribution: Attributed, prompt: int) -> str:
     samples = int((attribution.groups == prompt).sum())
     evaluations = len(attribution.gradients)
     text = attribution.prompts[prompt].prompt or f"prompt {prompt}"
-    return f"{printable(text)} ({samples} sample{'s' * (samples != 1)}, {evaluations} evaluation{'s' * (evaluations != 1)})"
+    where = ", at the encoder's input" if getattr(attribution, "at", "output") == "input" else ""
+    return f"{printable(text)} ({samples} sample{'s' * (samples != 1)}, {evaluations} evaluation{'s' * (evaluations != 1)}{where})"
 
 
 def _rows(attribution: Attributed, prompt: int) -> list[tuple[str, float, float]]:
@@ -142,5 +144,7 @@ def plot(attribution: Attributed, prompt: int, ax: Axes | None) -> Axes:
     # parse_math: a prompt with two dollar signs is no formula.
     ax.set_xticks(range(len(rows)), [text for text, *_ in rows], rotation=45, ha="right", parse_math=False)
     ax.set_ylabel("significance")
-    ax.set_title(_title(attribution, prompt), parse_math=False, fontsize="small")
+    ax.set_title(
+        fill(_title(attribution, prompt), 90), parse_math=False, fontsize="small"
+    )  # matplotlib's own wrapping reads dollar signs as formulas
     return ax

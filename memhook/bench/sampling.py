@@ -49,14 +49,22 @@ class Sampling:
         return testbed.load_pipeline() if self.model is None else load_pipeline(self.model, dtype=self.dtype, device=self.device)
 
     def run(
-        self, pipeline: Any, prompts: Sequence[str], *, start: int = 0, evaluations: int | None = None, previews: Sequence[int] = ()
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        *,
+        start: int = 0,
+        evaluations: int | None = None,
+        previews: Sequence[int] = (),
+        score: Any = None,
     ) -> Iterator[PromptRun]:
-        """Watch the prompts, batch by batch; ``start`` is the number of the first prompt, on which its seeds depend."""
+        """Watch the prompts, batch by batch; ``start`` is the number of the first prompt (its seeds), ``score`` as in `watch`."""
         from memhook_diffusers.prompts import run_prompts
 
         return run_prompts(
             pipeline, prompts, images_per_prompt=self.images or IMAGES, steps=self.steps, guidance_scale=self.guidance_scale,
             seed=self.seed + 1000 * start, evaluations=evaluations, batch_size=self.batch_size, previews=previews,
+            score=score,
         )  # fmt: skip
 
     def generate(self, pipeline: Any, prompt: str, *, images: int) -> list[Any]:

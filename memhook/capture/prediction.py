@@ -11,7 +11,10 @@ from torch import Tensor
 from memhook.errors import MemhookError, NoGuidanceError, ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    Encode = Callable[[Sequence[str]], Tensor | Sequence[Tensor]]
+    """``encode(texts)``: embeddings ``(n, l, d)``; or these and what else a denoiser is given of a text, such as pooled vectors."""
 
 Space = Literal["eps", "v", "x0", "flow"]
 """What the denoiser predicts: the noise, the velocity of v-prediction, the clean sample, or a rectified flow's velocity."""
@@ -72,6 +75,7 @@ class Evaluation:
         embedding: Conditional text embedding ``(b, l, d)`` of the call; None where none was found or calls are not kept.
         replay: ``replay(embedding) -> pred_cond`` runs the captured call again, conditional rows only, differentiable
             with respect to ``embedding``. None where calls are not kept.
+        encode: What the host's own text encoder makes of other texts, in the form of ``embedding``; None where it is not known.
     """
 
     pred_cond: Tensor
@@ -82,6 +86,7 @@ class Evaluation:
     sigma: Tensor | float | None = None
     embedding: Tensor | None = None
     replay: Callable[[Tensor], Tensor] | None = None
+    encode: Encode | None = None
 
     def take(self, samples: Tensor) -> Evaluation:
         """The same evaluation for some of its samples, ``(k,)`` int64; a replay runs these alone where the host's can."""

@@ -11,14 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memhook.capture.described import Described
 from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
 from memhook.capture.prompts import numbered, prompt_mean
-from memhook.capture.rows import Row, number, own, read, settle
+from memhook.capture.rows import Row, grouped, number, own, read, settle, stored
 from memhook.capture.runs import run_starts
+from memhook.capture.score_values import Scores, has_score, no_value, score_rows
+from memhook.capture.scoring import MAGNITUDE, Scored, Scoring, read_scores
+from memhook.capture.texts import same_text
 from memhook.errors import MemhookError, NoGuidanceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from memhook.capture.texts import Text
+    from memhook.hookspecs import Score
 
 __all__ = ["Row", "Trace"]
 
@@ -33,6 +40,7 @@ class Trace:
         host: The host that was watched, such as ``"diffusers"``.
         space: What the predictions are (``"eps"``, ``"v"``, ``"x0"`` or ``"flow"``), the unit of the magnitudes.
         setting: What a calibration must agree with, by field name; see `memhook.detection.calibration`.
+        scoring: Computes the scores that the trace was made with (``score=``, as in `memhook.watch`).
 
     >>> import torch, memhook
     >>> trace = memhook.Trace()
@@ -48,11 +56,13 @@ class Trace:
         space: Space | None = None,
         keep_evaluations: bool = False,
         describe: Callable[[], Mapping[str, Any]] | None = None,
+        score: Score | str | Scored | Iterable[Score | str | Scored] | None = None,
     ) -> None:
         self.host = host
         self.space: Space | None = space
         self._keep = keep_evaluations
-        self._describe = describe
+        self._described = Described(describe)
+        self.scoring = Scoring(read_scores(score))
         self._rows: list[Row] = []
         self._evaluations: list[Evaluation] = []
         self._declared: Roles | None = None
@@ -69,6 +79,7 @@ class Trace:
         space: Space = "eps",
         timestep: Tensor | float | None = None,
         sigma: Tensor | float | None = None,
+        groups: Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> None:
         """Record one evaluation by hand, for frameworks that have no module to hook.
 
@@ -78,11 +89,27 @@ class Trace:
             space: What the predictions are.
             timestep: Timestep of the evaluation.
             sigma: Noise level of the evaluation.
+            groups: ``(b,)``: which samples share a prompt, a number for each; ``[0] * 4`` for four images of one. Each sample
+                is a prompt of its own where None. Said once it holds for the whole trace.
 
         Raises:
-            MemhookError: Shapes differ, ``space`` is unknown, or differs from the space recorded before.
+            MemhookError: Shapes differ, ``space`` is unknown or differs from the space recorded before, or ``groups`` are not one
+                whole number a sample or differ from those recorded before.
         """
-        self.add(Evaluation(pred_cond, pred_uncond, space=space, timestep=timestep, sigma=sigma))
+        evaluation = Evaluation(pred_cond, pred_uncond, space=space, timestep=timestep, sigma=sigma)
+        self.add(evaluation, None if groups is None else self._grouped(evaluation, groups))
+
+    def _grouped(self, evaluation: Evaluation, groups: Sequence[int] | np.ndarray | Tensor) -> Row:
+        numbers = grouped(groups, samples=evaluation.pred_cond.shape[0])
+        before = next((row.conditioning for row in self._rows if row.conditioning is not None), numbers)
+        earlier, now = (numbered(keys[0].cpu().numpy()).tolist() for keys in (before, numbers))
+        if earlier != now:
+            raise MemhookError(
+                f"groups is {numbers[0].tolist()}, and for the first evaluation of this trace it was {before[0].tolist()}; "
+                "the samples of a run keep their order, so record another run in a trace of its own"
+            )
+        measured = None if evaluation.pred_uncond is None else magnitude(evaluation.pred_cond, evaluation.pred_uncond)
+        return Row(measured, evaluation.timestep, evaluation.sigma, shape=tuple(evaluation.pred_cond.shape[1:]), conditioning=numbers)
 
     @torch.no_grad()
     def add(self, evaluation: Evaluation, row: Row | None = None) -> None:
@@ -102,6 +129,7 @@ class Trace:
             self._declared = "declared"
         row.samples = evaluation.pred_cond.shape[0]
         row.timestep, row.sigma = own(row.timestep), own(row.sigma)
+        row.scores, row.place = self.scoring(evaluation, row.magnitude), self.scoring.place
         self._step = row.step = (self._step[0], self._step[1] + 1) if self._step is not None else None
         self._rows.append(row)
         if self._keep:
@@ -175,12 +203,43 @@ class Trace:
         self._settle()
         return np.array([row.magnitude is not None for row in self._rows], bool)
 
-    def score(self, first: int | None = None) -> np.ndarray:
-        """The detection score: the mean magnitude over evaluations (Wen et al. 2024, section 3.3). Larger is more memorized.
+    @property
+    def scores(self) -> Scores:
+        """The scores that were computed while the run went on, by name: each ``(s, b)`` float32, NaN where an evaluation has none.
+
+        The magnitude is always among them.
+        """
+        names = [scored.name for scored in self.scoring.scores]
+        return Scores([*names, *([] if MAGNITUDE in names else [MAGNITUDE])], self._values)
+
+    def has_score(self, name: str) -> np.ndarray:
+        """``(s,)`` bool: the evaluations that have a value of the score of this name."""
+        self._settle()
+        if name not in self.scores:
+            self.scores[name]  # raises
+        return self.has_guidance if name == MAGNITUDE else has_score(self._rows, self.scored(name), self._starts())
+
+    def scored(self, name: str | None = None) -> Scored:
+        """The score of this name, as the trace computes it; the first of them where None."""
+        found = self.scoring.scores[0] if name is None else next((scored for scored in self.scoring.scores if scored.name == name), None)
+        return found if found is not None else read_scores(MAGNITUDE if name == MAGNITUDE else [])[0]
+
+    def _values(self, name: str) -> np.ndarray:
+        if name == MAGNITUDE or not self._rows:
+            return self.magnitudes  # which says why there are none
+        self._settle()
+        read(self._rows)
+        return score_rows(self._rows, self.scored(name), self.has_score(name))
+
+    def score(self, first: int | None = None, *, name: str | None = None) -> np.ndarray:
+        """The detection score: the mean over evaluations, of the magnitude (Wen et al. 2024, section 3.3) or another score.
+
+        Larger is more memorized.
 
         Args:
-            first: Use only the first so many evaluations; None for all. Evaluations without an unconditional
-                prediction are left out of the mean.
+            first: Use only the first so many evaluations; None for all. Evaluations without a value (for the magnitude: without
+                an unconditional prediction) are left out of the mean.
+            name: Of which score; the first that the run was watched with where None.
 
         Returns:
             ``(b,)`` float32, one score a sample; NaN or infinite where a prediction was.
@@ -189,18 +248,21 @@ class Trace:
             NoGuidanceError: None of these evaluations has an unconditional prediction.
             MemhookError: ``first`` is not positive or more than there are, or the trace holds several runs.
         """
-        return prompt_mean(self.used(first), self.has_guidance[: len(self._rows) if first is None else first])
+        name = self.scored(name).name
+        return prompt_mean(self.used(first, name=name), self.has_score(name)[: len(self._rows) if first is None else first])
 
-    def used(self, first: int | None) -> np.ndarray:
-        """The rows of `magnitudes` that a score over the ``first`` evaluations uses, after checking that it can."""
-        magnitudes = self.magnitudes
+    def used(self, first: int | None, *, name: str = MAGNITUDE) -> np.ndarray:
+        """The rows of a score that its mean over the ``first`` evaluations uses, after checking that it can."""
+        magnitudes = self.scores[name]
         count = len(magnitudes)
         if first is not None and not 1 <= first <= count:
             raise MemhookError(f"first is {first}; this trace has {count} evaluations, so expected 1 to {count}, or None for all")
         if len(self._starts()) > 1:
             raise MemhookError(f"this trace holds {len(self._starts())} runs of the sampler; score each of trace.runs, or watch each run by itself")
         chosen: np.ndarray = magnitudes[:first]
-        if not self.has_guidance[: len(chosen)].any():
+        if name != MAGNITUDE and not self.has_score(name)[: len(chosen)].any():
+            raise NoGuidanceError(no_value(self.scored(name), len(chosen)))
+        if name == MAGNITUDE and not self.has_guidance[: len(chosen)].any():
             raise NoGuidanceError(
                 f"none of the first {len(chosen)} evaluations has an unconditional prediction; use more of them (first=None uses all)"
             )
@@ -263,12 +325,31 @@ class Trace:
         return np.arange(self._rows[0].samples if self._rows else 0)
 
     @property
+    def unconditional_texts(self) -> list[dict[str, Any]]:
+        """The different unconditional texts of the run (the negative prompt's encoding, or the empty one's), as a few numbers of each.
+
+        Empty where none was seen. For comparison with another run's, by `memhook.capture.texts.same_texts`.
+        """
+        self._settle()
+        seen: list[Text] = []
+        for row in self._rows:
+            if row.unconditional is not None and all(row.unconditional is not text for text in seen):
+                seen.append(row.unconditional)
+        found: list[dict[str, Any]] = []
+        for value in (value for text in seen for value in text.distinct()):
+            if not any(same_text(value, known) for known in found):
+                found.append(value)
+        return found
+
+    @property
     def runs(self) -> list[Trace]:
         """One trace per run of the sampler: a run ends where the next evaluation starts again from a high noise level."""
         bounds = [*self._starts(), len(self._rows)]
         found = []
         for start, stop in pairwise(bounds):
-            part = Trace(host=self.host, space=self._rows[start].space or self.space, keep_evaluations=self._keep, describe=self._describe)
+            space = self._rows[start].space or self.space
+            part = Trace(host=self.host, space=space, keep_evaluations=self._keep, score=self.scoring.scores)
+            part._described = self._described
             part._rows = self._rows[start:stop]
             part._evaluations = self._evaluations[start:stop]
             part._declared, part._why_missing = self._declared, self._why_missing
@@ -279,7 +360,8 @@ class Trace:
         """The trace of some of the samples, such as those of one prompt: ``trace.samples(slice(0, 4))``. Numbers only, no evaluations."""
         self._settle()
         read(self._rows)
-        part = Trace(host=self.host, space=self.space, describe=self._describe)
+        part = Trace(host=self.host, space=self.space, score=self.scoring.scores)
+        part._described = self._described
         part._declared, part._why_missing = self._declared, self._why_missing
         for row in self._rows:
             taken = replace(
@@ -287,8 +369,10 @@ class Trace:
                 magnitude=None if row.magnitude is None else row.magnitude[rows],
                 same_inputs=None if row.same_inputs is None else row.same_inputs[rows],
                 conditioning=None if row.conditioning is None else row.conditioning[:, rows],
+                unconditional=None if row.unconditional is None else row.unconditional.rows(rows),
                 scale=None if row.scale is None else row.scale[rows],
                 values=None if row.values is None else row.values[rows],
+                scores={name: values[rows] for name, values in row.scores.items()},
                 settle=None,
                 refuted=None,
                 samples=len(range(row.samples)[rows]),
@@ -298,9 +382,25 @@ class Trace:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What a calibration must agree with: host, model fingerprints, space, shape and the like, as far as known."""
-        described = dict(self._describe()) if self._describe is not None else {}
-        return {"host": self.host, "space": self.space, **described}
+        """What a calibration must agree with: host, model fingerprints, space, shape and the like, as far as known.
+
+        It is that of the run: kept when the block ends, so the model may change or be deleted afterwards.
+
+        Raises:
+            MemhookError: The model was deleted before the block ended.
+        """
+        about = next((row.about for row in self._rows if row.about is not None), dict)
+        return {"host": self.host, "space": self.space, **self._described.read(), **about()}
+
+    def keep_setting(self, snapshot: Callable[[], Callable[[], Mapping[str, Any]]] | None = None) -> None:
+        """Ask the adapter for the setting for the last time; `watch` does so when its block ends."""
+        self._described.take(snapshot)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Numbers and the setting, wherever they are; what needs the model (`evaluations`) is left out."""
+        self._settle()
+        read(self._rows)
+        return {**self.__dict__, "_rows": [stored(row) for row in self._rows], "_evaluations": [], "_keep": False}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was recorded, as plain lists and numbers for JSON (missing values are None)."""
@@ -318,6 +418,7 @@ class Trace:
             "sigmas": plain(self.sigmas),
             "groups": self.groups.tolist(),
             "guidance_scale": None if scale is None else plain(scale),
+            "scores": {name: plain(self.scores[name]) for name in self.scores if name != MAGNITUDE},
         }
 
     def __repr__(self) -> str:

@@ -8,17 +8,18 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
 from memhook.capture.intervention import Intervention
+from memhook.capture.scoring import check_needs
 from memhook.capture.trace import Row, Trace
 from memhook.capture.unrecorded import replaying
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook.plugins import find_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from memhook.capture.prediction import Evaluation
     from memhook.errors import Verdict
-    from memhook.hookspecs import Adapter
+    from memhook.hookspecs import Adapter, Score
 
 # The watches that the current thread or task is inside of. A context variable, because a hook on a module sees the calls
 # of every thread: only calls made from inside a watch's own block may be recorded by it.
@@ -51,7 +52,11 @@ class _Watcher:
 
     @property
     def wants_evaluations(self) -> bool:
-        return self._wants_evaluations()
+        return self._wants_evaluations() or self.trace.scoring.wants_calls()
+
+    @property
+    def wants_roles(self) -> bool:
+        return self.wants_evaluations or self.trace.scoring.wants_roles()
 
     def emit(self, evaluation: Evaluation, row: Row | None = None) -> Intervention | None:
         self.trace.add(evaluation, row)
@@ -85,7 +90,7 @@ def attached(
     on_evaluation: Callable[[Evaluation], Intervention | None] | None,
     stop_when: Callable[[Trace], Verdict | None] | None = None,
 ) -> Iterator[None]:
-    """Fill ``trace`` while the block runs; what `watch` and `memhook.guard` share."""
+    """Fill ``trace`` while the block runs, and keep its setting when it ends; what `watch` and `memhook.guard` share."""
     watcher = _Watcher(
         trace,
         wants_evaluations=wants_evaluations,
@@ -93,12 +98,32 @@ def attached(
         stop_when=stop_when,
         may_intervene=bool(getattr(adapter, "intervenes", False)),
     )
-    with adapter.attach(watcher):
+    check_needs(trace.scoring.scores, adapter)
+    with _setting_kept(adapter, trace), adapter.attach(watcher):
         _inside.set(_inside.get() | {watcher.number})
         try:
             yield
         finally:
             _inside.set(_inside.get() - {watcher.number})
+            trace.scoring.forget()
+
+
+@contextlib.contextmanager
+def _setting_kept(adapter: Adapter, trace: Trace) -> Iterator[None]:
+    """Keep the setting once the block has ended, however it does, if there is a run that it could be asked for."""
+    try:
+        yield
+    except GeneratorExit:  # abandoned, and closed by the garbage collector: no time for more than that
+        raise
+    except BaseException:
+        _keep_setting(adapter, trace)
+        raise
+    _keep_setting(adapter, trace)
+
+
+def _keep_setting(adapter: Adapter, trace: Trace) -> None:
+    if len(trace):
+        trace.keep_setting(getattr(adapter, "snapshot", None))
 
 
 @contextlib.contextmanager
@@ -107,6 +132,7 @@ def watch(
     *,
     adapter: Adapter | None = None,
     keep: Literal["scalars", "calls"] = "scalars",
+    score: Score | str | Iterable[Score | str] | None = None,
     on_evaluation: Callable[[Evaluation], Intervention | None] | None = None,
     stop_when: Callable[[Trace], Verdict | None] | None = None,
 ) -> Iterator[Trace]:
@@ -120,6 +146,8 @@ def watch(
         target: What runs the guided sampler: a diffusers pipeline, or whatever an installed adapter knows.
         adapter: The adapter to use, for targets that none claims (see `memhook.ModuleAdapter`).
         keep: ``"calls"`` also keeps predictions and what `Evaluation.replay` needs, one call's tensors an evaluation.
+        score: What to compute while the run goes on, beside the magnitude: a score or several, by name (``memhook methods``) or as they
+            are (`memhook.hookspecs.Score`). Read them as `Trace.scores`; the first is what `calibrate` takes.
         on_evaluation: Called with every `Evaluation` while the run goes on. May answer an `Intervention`, which changes the run.
         stop_when: Called with the trace after every evaluation; answers a `Detection` to stop the run.
 
@@ -129,12 +157,13 @@ def watch(
     Raises:
         NoAdapterError: No adapter knows the target.
         MemorizationDetectedError: ``stop_when`` answered; carries trace and detection.
+        MemhookError: There is no such score, or it needs what the host cannot give.
     """
     if keep not in ("scalars", "calls"):
         raise MemhookError(f'keep is {keep!r}; expected "scalars" or "calls"')
     adapter = adapter if adapter is not None else find_adapter(target)
     del target  # the block must not keep it alive
-    trace = Trace(host=adapter.host, keep_evaluations=keep == "calls", describe=adapter.describe)
+    trace = Trace(host=adapter.host, keep_evaluations=keep == "calls", describe=adapter.describe, score=score)
     keeps = keep == "calls" or on_evaluation is not None
     with attached(adapter, trace, wants_evaluations=lambda: keeps, on_evaluation=on_evaluation, stop_when=stop_when):
         yield trace
@@ -144,7 +173,14 @@ class EnoughSeen(BaseException):
     """Ends a probed run; not an `Exception`, so that hosts which catch those let it pass."""
 
 
-def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, adapter: Adapter | None = None) -> Trace:
+def probe(
+    target: object,
+    run: Callable[[], object],
+    *,
+    evaluations: int = 1,
+    adapter: Adapter | None = None,
+    score: Score | str | Iterable[Score | str] | None = None,
+) -> Trace:
     """Run a sampler only as far as its first guided evaluations, keeping their calls.
 
     Args:
@@ -153,6 +189,7 @@ def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, ad
             once enough was seen (its result is lost), and returns by itself if it ends earlier.
         evaluations: How many evaluations to see; 1 or more. Those without an unconditional prediction count too.
         adapter: As in `watch`.
+        score: As in `watch`.
 
     Returns:
         A `Trace` with `Trace.evaluations`.
@@ -166,6 +203,6 @@ def probe(target: object, run: Callable[[], object], *, evaluations: int = 1, ad
         if next(seen) >= evaluations:
             raise EnoughSeen
 
-    with contextlib.suppress(EnoughSeen), watch(target, adapter=adapter, keep="calls", on_evaluation=stop_in_time) as trace:
+    with contextlib.suppress(EnoughSeen), watch(target, adapter=adapter, keep="calls", score=score, on_evaluation=stop_in_time) as trace:
         run()
     return trace

@@ -14,6 +14,7 @@ Lives here:
     adapters   `memhook adapters`
     bench_app  the commands `memhook bench ...`
     bench      printing what `memhook.bench` measures
+    methods    `memhook methods`
 
 May use: every room; modules with options import their work inside the commands, so that ``--help``
 imports no torch. Used by: nothing but the entry point.

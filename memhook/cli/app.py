@@ -8,7 +8,7 @@ import typer
 
 from memhook import __version__
 from memhook.cli.bench_app import bench_app
-from memhook.cli.options import BatchSize, Device, Dtype, GuidanceScale, Model, Seed, Steps
+from memhook.cli.options import BatchSize, Device, Dtype, GuidanceScale, Model, Score, Seed, Steps
 
 app = typer.Typer(
     name="memhook",
@@ -80,6 +80,7 @@ def detect(
     ] = None,
     fail_on_flag: Annotated[bool, typer.Option("--fail-on-flag", help="Exit with status 1 when a prompt is flagged.")] = False,
     images: Annotated[int | None, typer.Option(help="Images per prompt; the calibration's number by default, else 4.")] = None,
+    score: Score = None,
     steps: Steps = 50,
     guidance_scale: GuidanceScale = 7.5,
     device: Device = "cpu",
@@ -96,7 +97,7 @@ def detect(
         raise typer.BadParameter("give either --prompt (once or more) or --prompts FILE")
     rows = [PromptRow(number, text) for number, text in enumerate(prompt or [], 1)] if prompts is None else read_prompts(prompts)
     sampling = Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size)
-    decision = Decision(calibration, fpr, fdr, tuple(accept_mismatch or ()))
+    decision = Decision(calibration, fpr, fdr, tuple(accept_mismatch or ()), score)
     raise typer.Exit(run_detect(rows, sampling, decision, out=out, fail_on_flag=fail_on_flag))
 
 
@@ -109,6 +110,7 @@ def calibrate(
     model: Model = None,
     first: Annotated[int | None, typer.Option(help="Score over the first so many evaluations, and run only these; all if not given.")] = 10,
     images: Annotated[int | None, typer.Option(help="Images per prompt; 4 by default.")] = None,
+    score: Score = None,
     steps: Steps = 50,
     guidance_scale: GuidanceScale = 7.5,
     device: Device = "cpu",
@@ -121,7 +123,9 @@ def calibrate(
     from memhook.cli.calibrate import run_calibrate
     from memhook.detection.prompt_files import read_prompts
 
-    run_calibrate(read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out)
+    run_calibrate(
+        read_prompts(prompts), Sampling(model, images, steps, guidance_scale, device, dtype, seed, batch_size), first=first, out=out, score=score
+    )
 
 
 @calibration_app.command("show")
@@ -184,6 +188,14 @@ def adapters() -> None:
     from memhook.cli.adapters import print_adapters
 
     print_adapters()
+
+
+@app.command()
+def methods() -> None:
+    """List the installed scores: what each needs, where it was published, whose it is, and whether it can be used."""
+    from memhook.cli.methods import print_methods
+
+    print_methods()
 
 
 @testbed_app.command()

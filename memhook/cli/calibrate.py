@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memhook.bench.sampling import IMAGES
+from memhook.capture.scoring import MAGNITUDE, as_scored
 from memhook.detection.calibration import Calibration, calibrate
 from memhook.detection.setting import brief
 from memhook.errors import CalibrationError
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from memhook.detection.prompt_files import PromptRow
 
 
-def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int | None, out: Path) -> None:
-    """Run the prompts, keep their magnitudes, and write one calibration file."""
+def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int | None, out: Path, score: str | None = None) -> None:
+    """Run the prompts, keep their magnitudes or another score, and write one calibration file."""
     sampling.check()
+    scored = as_scored(score if score is not None else MAGNITUDE)
     for row in rows:
         if row.prompt is None:
             print(f"memhook: line {row.line} left out: {row.problem}", file=sys.stderr)
@@ -34,14 +36,17 @@ def run_calibrate(rows: Sequence[PromptRow], sampling: Sampling, *, first: int |
     pipeline = sampling.load()  # alive until its fingerprint is taken
 
     def traces() -> Iterator[Trace]:
-        runs = sampling.run(pipeline, prompts, evaluations=first)
+        runs = sampling.run(pipeline, prompts, evaluations=first, score=scored)
         for run in runs:
             yield from (run.trace.samples(slice(position * images, (position + 1) * images)) for position in range(len(run.prompts)))
 
     calibration = calibrate(list(tracked(traces(), total=len(prompts), doing="watching clean prompts")), first=first)
     calibration.save(out)
     over = "all evaluations" if first is None else f"the first {first} evaluations"
-    console.print(f"wrote {out}: {len(calibration)} prompts, {images} images each, score over {over}.", soft_wrap=True)
+    console.print(
+        f"wrote {out}: {len(calibration)} prompts, {images} images each, {'score' if scored.name == MAGNITUDE else scored.name} over {over}.",
+        soft_wrap=True,
+    )
     if len(calibration) >= 99:
         console.print(f"Threshold at a false-positive rate of 0.01: {calibration.threshold(0.01):.3g}")
     else:

@@ -14,16 +14,19 @@ from rich.text import Text
 
 from memhook.bench.sampling import IMAGES, Sampling
 from memhook.capture.prompts import per_prompt
+from memhook.capture.scoring import MAGNITUDE, as_scored
 from memhook.cli.journal import Journal
 from memhook.cli.verdicts import Verdict, check_format, json_lines, write_verdicts
 from memhook.detection.calibration import Calibration
 from memhook.detection.discovery import PValueCounts
+from memhook.detection.named import score_for
 from memhook.detection.verdict import detect
 from memhook.errors import MemhookError
 from memhook.report.progress import tracked
 from memhook.report.tables import console, number, print_table, shown, verdict
 
 if TYPE_CHECKING:
+    from memhook.capture.scoring import Scored
     from memhook.detection.prompt_files import PromptRow
 
 _WITHOUT_CALIBRATION = 10  # evaluations to score where no calibration says how many
@@ -39,18 +42,21 @@ class Decision:
         fpr: False-positive rate of each prompt by itself.
         fdr: Where given, a false discovery rate over all prompts of the run decides instead.
         accept: Settings that may differ from the calibration's.
+        score: The score to judge by; the calibration's where None, and the magnitude without one.
     """
 
     calibration: Path | None
     fpr: float
     fdr: float | None = None
     accept: tuple[str, ...] = ()
+    score: str | None = None
 
     def load(self, sampling: Sampling) -> Calibration | None:
         """The calibration, checked for its number of prompts before anything runs; None where there is none."""
         from memhook import testbed
 
-        file = self.calibration if self.calibration is not None else testbed.calibration_path() if sampling.model is None else None
+        bundled = sampling.model is None and self.score in (None, MAGNITUDE)
+        file = self.calibration if self.calibration is not None else testbed.calibration_path() if bundled else None
         if file is None:
             if self.fdr is not None or self.accept:
                 raise MemhookError("--fdr and --accept-mismatch need a calibration; make one with `memhook calibrate`")
@@ -60,7 +66,12 @@ class Decision:
             known.threshold(self.fpr)
         else:
             PValueCounts().threshold(self.fdr)  # refuses what is no rate
+        self.scored(known)
         return known
+
+    def scored(self, known: Calibration | None) -> Scored:
+        """The score to compute; an error where it is not the calibration's."""
+        return score_for(known, self.score) if known is not None else as_scored(self.score if self.score is not None else MAGNITUDE)
 
 
 def verdicts(rows: Sequence[PromptRow], sampling: Sampling, known: Calibration | None, decision: Decision, *, start: int = 0) -> Iterator[Verdict]:
@@ -70,14 +81,15 @@ def verdicts(rows: Sequence[PromptRow], sampling: Sampling, known: Calibration |
     waiting = iter(rows[start:])
     if start == len(rows):
         return
-    for run in sampling.run(sampling.load(), [row.prompt or "" for row in rows[start:]], start=start, evaluations=first):
+    scored = decision.scored(known)
+    for run in sampling.run(sampling.load(), [row.prompt or "" for row in rows[start:]], start=start, evaluations=first, score=scored):
         for position, prompt in enumerate(run.prompts):
             part = run.trace.samples(slice(position * images, (position + 1) * images))
             line = next(waiting).line
-            magnitudes = per_prompt(part.magnitudes, np.zeros(images, int))[0]
-            begin = float(magnitudes[part.has_guidance][0])
+            magnitudes, there = per_prompt(part.scores[scored.name], np.zeros(images, int))[0], part.has_score(scored.name)
+            begin = float(magnitudes[there][0])
             if known is None:
-                yield Verdict(line, prompt, begin, float(np.mean(magnitudes[part.has_guidance])), None, None)
+                yield Verdict(line, prompt, begin, float(np.mean(magnitudes[there])), None, None)
                 continue
             found = detect(part, known, fpr=decision.fpr if decision.fdr is None else 0.5)
             memorized = None if found.undecided[0] or decision.fdr is not None else bool(found.memorized[0])
@@ -127,7 +139,7 @@ def _journal(rows: Sequence[PromptRow], sampling: Sampling, known: Calibration |
         return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
     settings: dict[str, Any] = {key: value for key, value in vars(sampling).items() if key != "batch_size"}
-    settings |= {"fpr": decision.fpr, "fdr": decision.fdr, "accept": list(decision.accept)}
+    settings |= {"fpr": decision.fpr, "fdr": decision.fdr, "accept": list(decision.accept), "score": decision.score}
     settings["prompts"] = digest(*((row.prompt or "").encode() for row in rows))
     settings["calibration"] = None if known is None else digest(known.magnitudes.tobytes(), repr(known.first).encode())
     return Journal(Path(out), settings)
@@ -154,8 +166,10 @@ def _print(found: Sequence[Verdict], known: Calibration | None, decision: Decisi
         )
         for row in found[:_TABLE]
     ]
+    name = decision.scored(known).name
+    what = "Magnitude of the text-conditional prediction" if name == MAGNITUDE else f"Score {name}"
     print_table(
-        f"Magnitude of the text-conditional prediction, {images} images a prompt",
+        f"{what}, {images} images a prompt",
         [("prompt", ""), ("first evaluation", "right"), (over, "right"), ("p-value", "right"), ("verdict", "")],
         rows,
     )
@@ -163,7 +177,7 @@ def _print(found: Sequence[Verdict], known: Calibration | None, decision: Decisi
         console.print(f"{len(found) - _TABLE} more prompts are not shown; use --out to write all of them.")
     if known is None:
         console.print(
-            "Without a calibration a magnitude has no p-value: larger is more memorized, but how large is normal "
+            f"Without a calibration a {name} has no p-value: larger is more memorized, but how large is normal "
             "depends on the model and the sampler. Make one with `memhook calibrate`."
         )
         return

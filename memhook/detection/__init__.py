@@ -9,6 +9,10 @@ Lives here:
     discovery     many prompts: which to report at a given false discovery rate
     prompt_files  reading prompts from text, JSON lines, CSV or Parquet; unusable rows are set aside
                   and named
+    asking        what a host would say of other texts, and what a calibration makes of them
+    named         the score that a calibration is of, as something that can be computed
+    causes        what differs between two settings, in words
+    prompt_words  a prompt's words where they stand in its text
 
 May use: `memhook.scores` and the rooms before it. Used by: `memhook.mitigation`, which acts on
 verdicts, and `memhook.cli`, which prints them.

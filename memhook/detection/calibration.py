@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memhook.capture.prompts import per_prompt, prompt_mean
+from memhook.capture.scoring import MAGNITUDE
 from memhook.capture.trace import Trace
-from memhook.detection.setting import brief, check_setting, differences, first_part, run_setting
+from memhook.detection.setting import brief, can_differ, check_setting, differences, first_part, run_setting
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.scores.stored import read_calibration_file
 
@@ -31,8 +32,8 @@ class Calibration:
     """Split-conformal calibration of the detection score.
 
     Attributes:
-        magnitudes: ``(n, s)`` float32: for each of ``n`` clean prompts the magnitude at each of ``s`` evaluations, averaged
-            over the prompt's samples. NaN where an evaluation had no unconditional prediction, infinite where one was broken.
+        magnitudes: ``(n, s)`` float32: for each of ``n`` clean prompts the magnitude (or another score) at each of ``s`` evaluations,
+            averaged over the prompt's samples. NaN where an evaluation had none, infinite where one was broken.
         first: How many of the first evaluations the score averages; None for all.
         setting: What it holds for, by field name; empty if it was made of bare scores.
         accepted: Fields in which runs may differ from the setting; see `accepting`.
@@ -57,9 +58,31 @@ class Calibration:
         bad = np.flatnonzero(~np.isfinite(self.scores))
         if len(bad):
             raise CalibrationError(
-                f"the scores of {len(bad)} of {len(m)} prompts are not finite (the first is number {bad[0]}); a prediction was NaN or infinite. "
+                f"the scores of {len(bad)} of {len(m)} prompts are not finite (the first is number {bad[0]}); a prediction was NaN or infinite"
+                f"{self._blamed()}. "
                 "Leave these prompts out, or run the model in a wider dtype"
             )
+
+    @property
+    def score(self) -> dict[str, Any] | None:
+        """Which score it is of, as ``{"name": ..., "parameters": {...}}``; None where it was made of bare numbers."""
+        return dict(self.setting.get("score", {"name": MAGNITUDE, "parameters": {}})) if self.setting else None
+
+    def score_of(self, trace: Trace) -> str:
+        """The name of the score in ``trace`` that this calibration judges; the trace's first where it was made of bare numbers.
+
+        Raises:
+            CalibrationMismatchError: The run was watched with other scores.
+        """
+        if self.score is None:
+            return trace.scored().name
+        name: str = self.score["name"]
+        if name not in trace.scores:
+            raise CalibrationMismatchError(
+                f"the calibration is of the score {name!r}, and this run was watched with {', '.join(trace.scores)}; watch with score={name!r}, or "
+                "calibrate the score that it has"
+            )
+        return name
 
     @property
     def _bare(self) -> bool:
@@ -71,8 +94,16 @@ class Calibration:
         """``(n,)`` float32: the clean prompts' scores."""
         present = self._present()
         if not present.any():
-            raise CalibrationError(f"none of the first {len(present)} evaluations had an unconditional prediction; use more of them")
+            what = f"a value of the score {self.setting['score']['name']!r}" if self._other else "an unconditional prediction"
+            raise CalibrationError(f"none of the first {len(present)} evaluations had {what}; use more of them")
         return prompt_mean(self.magnitudes[:, : self.first].T, present)
+
+    @property
+    def _other(self) -> bool:
+        return "score" in self.setting
+
+    def _blamed(self) -> str:
+        return f", or the score {self.setting['score']['name']!r} is" if self._other else ""
 
     def _present(self) -> np.ndarray:
         """``(first,)`` bool: the evaluations that had an unconditional prediction."""
@@ -138,7 +169,7 @@ class Calibration:
         Raises:
             CalibrationError: The setting has no such field.
         """
-        unknown = sorted(set(fields) - self.setting.keys())
+        unknown = sorted(set(fields) - can_differ(self.setting))
         if unknown:
             known = ", ".join(sorted(self.setting)) or "nothing, since it was made of bare scores"
             raise CalibrationError(f"there is no setting {', '.join(unknown)} to accept a difference in; this calibration knows {known}")
@@ -153,7 +184,7 @@ class Calibration:
         Raises:
             CalibrationMismatchError: Another field differs.
         """
-        found = differences(self.setting, run_setting(trace), first=self.first) if self.setting else {}
+        found = differences(self.setting, run_setting(trace, self.score_of(trace)), first=self.first) if self.setting else {}
         for key, problem in found.items():
             if key not in self.accepted:
                 raise CalibrationMismatchError(
@@ -195,19 +226,20 @@ class Calibration:
         return Calibration(magnitudes, first, setting)
 
 
-def calibrate(traces_or_scores: Iterable[Trace] | Trace | ArrayLike, *, first: int | None = None) -> Calibration:
+def calibrate(traces_or_scores: Iterable[Trace] | Trace | ArrayLike, *, first: int | None = None, score: str | None = None) -> Calibration:
     """Calibrate the score on prompts known not to be memorized.
 
     Args:
         traces_or_scores: Traces of clean prompts, all recorded in one setting, with the same number of samples a prompt (several
             prompts in one trace are told apart by `Trace.groups`); or bare scores ``(n,)``, which carry no setting.
         first: Score over the first so many evaluations; None for all.
+        score: The name of the score, one that the runs were watched with; the first of these where None, which is the magnitude by default.
 
     Raises:
         CalibrationError: Nothing was given, scores are not finite, or the traces differ in their setting.
     """
     if isinstance(traces_or_scores, Trace):
-        return _from_traces([traces_or_scores], first)
+        return _from_traces([traces_or_scores], first, score)
     items: Any = traces_or_scores
     if isinstance(items, Iterable) and not hasattr(items, "__array__"):
         items = list(items)
@@ -215,7 +247,9 @@ def calibrate(traces_or_scores: Iterable[Trace] | Trace | ArrayLike, *, first: i
         if traces and len(traces) < len(items):
             raise CalibrationError(f"{len(traces)} of {len(items)} items are traces and the others are not; expected traces, or scores")
         if traces:
-            return _from_traces(traces, first)
+            return _from_traces(traces, first, score)
+    if score is not None:
+        raise CalibrationError(f"score is {score!r}, and bare numbers were given, which are what they are; leave score out, or give traces")
     try:
         with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
             scores = np.asarray(items).astype(np.float32)
@@ -226,14 +260,20 @@ def calibrate(traces_or_scores: Iterable[Trace] | Trace | ArrayLike, *, first: i
     return Calibration(np.where(np.isnan(scores), np.float32(np.inf), scores)[:, None], first)
 
 
-def _from_traces(traces: list[Trace], first: int | None) -> Calibration:
-    settings = [run_setting(trace) for trace in traces]
+def _from_traces(traces: list[Trace], first: int | None, score: str | None) -> Calibration:
+    name = traces[0].scored().name if score is None else score
+    lacking = next((number for number, trace in enumerate(traces) if name not in trace.scores), None)
+    if lacking is not None:
+        raise CalibrationError(
+            f"trace {lacking} has no score {name!r} (it has {', '.join(traces[lacking].scores)}); watch every run with score={name!r}"
+        )
+    settings = [run_setting(trace, name) for trace in traces]
     # Runs that are alike up to `first` only are good for a score over these, and what came later is left out.
     kept = None if _first_difference(settings, None) is None else first
     error = _first_difference(settings, kept)
     if error is not None:
         raise error
-    return Calibration(np.concatenate([_prompts(trace, kept) for trace in traces]), first, first_part(settings[0], kept))
+    return Calibration(np.concatenate([_prompts(trace, kept, name) for trace in traces]), first, first_part(settings[0], kept))
 
 
 def _first_difference(settings: list[dict[str, Any]], first: int | None) -> CalibrationError | None:
@@ -243,10 +283,10 @@ def _first_difference(settings: list[dict[str, Any]], first: int | None) -> Cali
     return None
 
 
-def _prompts(trace: Trace, first: int | None) -> np.ndarray:
+def _prompts(trace: Trace, first: int | None, score: str) -> np.ndarray:
     """``(prompts, s)``: NaN for missing predictions only, infinite for broken ones."""
-    magnitudes = per_prompt(trace.used(first), trace.groups)
-    broken = np.isnan(magnitudes) & trace.has_guidance[: magnitudes.shape[1]]
+    magnitudes = per_prompt(trace.used(first, name=score), trace.groups)
+    broken = np.isnan(magnitudes) & trace.has_score(score)[: magnitudes.shape[1]]
     return np.where(broken, np.float32(np.inf), magnitudes)
 
 

@@ -70,9 +70,10 @@ class StopRule:
         if not made:
             raise MemhookError(f"the run had {len(trace)} evaluations; this rule looks for the first time after {self.looks[0]}")
         last = int(self.looks[made - 1])
-        used = trace.used(last)
+        name = self.calibration.score_of(trace)
+        used = trace.used(last, name=name)
         groups = trace.groups
-        standardized = (_running(per_prompt(used, groups), trace.has_guidance, self.looks[:made]) - self.center[:made]) / self.spread[:made]
+        standardized = (_running(per_prompt(used, groups), trace.has_score(name), self.looks[:made]) - self.center[:made]) / self.spread[:made]
         largest = standardized.max(axis=1)  # NaN where any is
         undecided = ~np.isfinite(largest)
         threshold = self.maxima.threshold(self.fpr)

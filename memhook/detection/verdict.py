@@ -19,7 +19,7 @@ class Detection:
     """The verdict on the ``p`` prompts of a run.
 
     Attributes:
-        scores: ``(p,)`` float32, mean magnitude over evaluations and over the prompt's samples; larger is more memorized.
+        scores: ``(p,)`` float32, mean magnitude (or another score) over evaluations and over the prompt's samples; larger is more memorized.
         p_values: ``(p,)``: the chance of a score this high if the prompt is *not* memorized; NaN where the score is not finite.
         memorized: ``(p,)`` bool: the p-value is at most ``fpr``.
         undecided: ``(p,)`` bool: the score is NaN or infinite, so nothing can be said; never taken for clean.
@@ -66,7 +66,8 @@ def detect(trace: Trace, calibration: Calibration, *, fpr: float = 0.01) -> Dete
 
     Args:
         trace: The run. Samples that share one conditioning are one prompt, and their magnitudes are averaged.
-        calibration: Made in the same setting, with the same number of samples a prompt.
+        calibration: Of the magnitude, or of another score that the run was watched with; made in the same setting, with the same number
+            of samples a prompt.
         fpr: The false-positive rate: the share of prompts that are not memorized but flagged all the same.
 
     Raises:
@@ -75,13 +76,15 @@ def detect(trace: Trace, calibration: Calibration, *, fpr: float = 0.01) -> Dete
         NoGuidanceError: The run had no unconditional prediction.
     """
     threshold = calibration.threshold(fpr)
-    used = trace.used(calibration.first)
+    name = calibration.score_of(trace)
+    used = trace.used(calibration.first, name=name)
     accepted = calibration.check(trace)
     groups = trace.groups
     # In the order in which the calibration averages, so that a score equal to a calibration score is equal to the last bit.
-    scores = prompt_mean(per_prompt(used, groups).T, trace.has_guidance[: len(used)])
+    scores = prompt_mean(per_prompt(used, groups).T, trace.has_score(name)[: len(used)])
     undecided = ~np.isfinite(scores)
     memorized = (scores > threshold) & ~undecided
     return Detection(
-        scores, calibration.p_value(scores), memorized, undecided, fpr, threshold, groups, len(calibration), accepted_mismatches=accepted
-    )
+        scores, calibration.p_value(scores), memorized, undecided, fpr, threshold, groups, len(calibration),
+        statistic=f"mean {name}", accepted_mismatches=accepted,
+    )  # fmt: skip

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from memhook.capture.scoring import MAGNITUDE
 from memhook.capture.trace import Trace
 from memhook.capture.watching import attached, cannot_intervene
+from memhook.detection.named import score_for
 from memhook.detection.stopping import StopRule
 from memhook.detection.verdict import Detection, detect
 from memhook.errors import CalibrationError, MemhookError, MemorizationDetectedError
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     from memhook.capture.intervention import Intervention
     from memhook.capture.prediction import Evaluation
+    from memhook.capture.scoring import Scored
     from memhook.detection.calibration import Calibration
-    from memhook.hookspecs import Adapter
+    from memhook.hookspecs import Adapter, Score
 
 Action = Literal["mitigate", "stop", "warn"]
 
@@ -42,6 +45,7 @@ def guard(
     max_steps: int = 10,
     fixed_tokens: int = 1,
     adapter: Adapter | None = None,
+    score: Score | None = None,
 ) -> Iterator[Guard]:
     """Judge the run inside the block at its first evaluations, and act on the samples of flagged prompts while it goes on.
 
@@ -58,14 +62,17 @@ def guard(
         target: What runs the sampler, as in `memhook.watch`.
         calibration: For a score over the first ``k`` evaluations (``calibration.using(first=1)``), after which the guard decides. Or a
             `stop_rule`, with which it looks after each of the first evaluations and acts at the first one that shows enough.
+            One of another score than the magnitude says by its name which one to compute.
         fpr: The share of prompts that are not memorized but flagged all the same; 0.01 where None. A rule has its own.
         action: What to do.
         target_magnitude: The magnitude to reach, per sample; a warning says where it was not. Where None, the median of the calibration's
-            clean prompts is aimed at, and a warning says where a sample stayed above the threshold.
+            clean prompts is aimed at, and a warning says where a sample stayed above the threshold; a calibration of another score has
+            none, so there it must be given.
         lr: Learning rate of the optimization.
         max_steps: Updates at most.
         fixed_tokens: As in `optimize_embedding`: 1 for encoders with a start token, 0 for those without.
         adapter: As in `memhook.watch`.
+        score: The score that the calibration is of, where its name and parameters do not make it (a spectrum, a mask, one of your own).
 
     Yields:
         A `Guard`, which says what was found and done.
@@ -91,6 +98,12 @@ def guard(
         raise MemhookError(f"target_magnitude is {target_magnitude}; a magnitude is never negative, so expected 0 or more, or None")
     if action not in get_args(Action):
         raise MemhookError(f"action is {action!r}; expected one of {', '.join(get_args(Action))}")
+    scored = score_for(calibration.calibration if isinstance(calibration, StopRule) else calibration, score)
+    if action == "mitigate" and target_magnitude is None and scored.name != MAGNITUDE:
+        raise MemhookError(
+            f"the calibration is of {scored}, which is no magnitude, so it does not say which magnitude a flagged sample should be brought to; "
+            "give target_magnitude, such as the median of a calibration of the magnitude"
+        )
     judging = _judging(calibration, fpr)
 
     def judge(evaluation: Evaluation, report: Guard) -> Intervention | None:
@@ -110,7 +123,7 @@ def guard(
         goal, tolerable = judging.goal(len(report.trace)) if target_magnitude is None else (target_magnitude, target_magnitude)
         return _mitigated(evaluation, report, fresh, Settings(goal, tolerable, lr, max_steps, fixed_tokens))
 
-    with _guarding(target, adapter, judging.looks, judge, changes=action == "mitigate") as report:
+    with _guarding(target, adapter, judging.looks, judge, changes=action == "mitigate", scored=scored) as report:
         yield report
 
 
@@ -167,13 +180,14 @@ def _guarding(
     judge: Callable[[Evaluation, Guard], Intervention | None],
     *,
     changes: bool,
+    scored: Scored | None = None,
 ) -> Iterator[Guard]:
     """Watch a run, and ``judge`` it after each of so many evaluations."""
     adapter = adapter if adapter is not None else find_adapter(target)
     del target  # the block must not keep it alive
     if changes and not getattr(adapter, "intervenes", False):
         raise MemhookError(cannot_intervene(adapter.host))
-    trace = Trace(host=adapter.host, describe=adapter.describe)
+    trace = Trace(host=adapter.host, describe=adapter.describe, score=scored)
     report = Guard(trace)
     first, last = looks[0], looks[-1]
 

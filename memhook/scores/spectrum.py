@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class CleanSpectrum:
     one says it sharply. `magnitude` divides each frequency by what clean prompts have there, so that the sharp part counts, which the
     plain norm drowns in the smooth one. Not in the paper; measured on two small models only (docs/benchmarks.md).
 
+    It is a score (docs/scores.md): ``watch(target, score=spectrum)`` computes it at a run's first evaluation.
+
     Attributes:
         power: ``(c, h, w)`` float32 (for video ``(c, f, h, w)``): mean squared amplitude of the orthonormal Fourier transform over space.
         samples: How many differences the mean is over.
@@ -51,6 +53,11 @@ class CleanSpectrum:
     >>> calibration.p_value(spectrum.magnitude(first(99))).shape
     (4,)
     """
+
+    name: ClassVar[str] = "whitened"
+    needs: ClassVar[str] = "pair"
+    symmetric: ClassVar[bool] = True
+    at: ClassVar[int] = 0
 
     power: Tensor
     samples: int
@@ -105,6 +112,14 @@ class CleanSpectrum:
             NoGuidanceError: It has no unconditional prediction.
         """
         return self._whitened(evaluation, evaluation.pred_cond)
+
+    def __call__(self, evaluation: Evaluation) -> Tensor:
+        """`magnitude`, without waiting for the device: where the timestep is on one and is another than the spectrum's, NaN."""
+        timestep = evaluation.timestep
+        if self.timestep is None or not isinstance(timestep, Tensor) or timestep.device.type == "cpu":
+            return self.magnitude(evaluation)
+        values = self.magnitude(replace(evaluation, timestep=self.timestep))
+        return torch.where((timestep.float() == self.timestep).all(), values, torch.nan)
 
     def objective(self, evaluation: Evaluation) -> Callable[[Tensor], Tensor]:
         """The whitened magnitude as a function of the conditional embedding, for `attribute_tokens` and `optimize_embedding`.
@@ -181,6 +196,8 @@ def _transform(difference: Tensor) -> Tensor:
 def _timestep(evaluation: Evaluation) -> float | None:
     if evaluation.timestep is None:
         return None
+    if not isinstance(evaluation.timestep, Tensor):
+        return float(np.float32(evaluation.timestep))
     values = torch.as_tensor(evaluation.timestep).float().flatten()
     if bool((values != values[0]).any()):
         raise MemhookError("the samples of this evaluation are at different timesteps; a spectrum holds for one: part them with Evaluation.take")

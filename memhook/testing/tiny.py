@@ -73,7 +73,7 @@ def sample(
         layout: One batched call or two calls, and their order.
         space: What the prediction is taken for: the noise, or the velocity of v-prediction.
         cond: Conditional embedding ``(b, l, d)``; random where None.
-        uncond: Unconditional embedding ``(b, l, d)``; random, the same for all samples, where None.
+        uncond: Unconditional embedding ``(b, l, d)``; where None random, but the same for all samples and seeds, as an empty prompt's.
         noise: Initial noise ``(b, c, h, w)``; random where None.
         seed: Of what is random here.
 
@@ -90,7 +90,8 @@ def sample(
     if cond is None:
         cond = randn(samples, 5, 6)
     if uncond is None:
-        uncond = randn(1, 5, 6).expand_as(cond)
+        randn(1, 5, 6)  # the noise does not depend on whether one was given
+        uncond = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(7)).to(parameter).expand_as(cond)
     x = randn(len(cond), 4, 8, 8) if noise is None else noise.to(parameter)
     for timestep in torch.linspace(999, 1, steps).round():
         predicted = _guided(unet, x, timestep, cond, uncond, guidance_scale, layout)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memhook.adapting.hooks import hook_arguments, hook_calls
+from memhook.adapting.arguments import hook_calls_as_made
+from memhook.adapting.hooks import hook_arguments
 from memhook.adapting.pairs import read_output
 from memhook.adapting.tensors import tensors_in, version
 from memhook.capture.unrecorded import replaying
@@ -49,8 +50,8 @@ class LoopCall:
         """Raise where the loop has changed an argument in place since: the unconditional pass would be made on something else."""
         if self.versions != _versions(self.args, self.kwargs):
             raise MemhookError(
-                "an argument of the denoiser (noisy sample, timestep or embedding) was changed in place between its call and the mean of the loss; "
-                "expected it as it was, for the unconditional pass. Change a copy, or call mean before"
+                "an argument of the denoiser (noisy sample, timestep or embedding) was changed in place, by the denoiser itself or between its "
+                "call and the mean of the loss; expected it as it was, for the unconditional pass. Change a copy, or call mean before"
             )
 
 
@@ -61,6 +62,7 @@ class LoopCalls:
         self._module = weakref.ref(module)
         self._thread = threading.get_ident()
         self._random: RandomState | None = None
+        self._versions: tuple[int | None, ...] = ()  # of the arguments before the call: some models write into what they are given
         self._with_grad: list[LoopCall] = []  # since the last loss
         self._without_grad: LoopCall | None = None  # the latest: a validation makes many
         self.paused = False
@@ -114,7 +116,7 @@ class LoopCalls:
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         module = self._module()
         if module is not None and not self._ignored():
-            self._random = RandomState.of(device_of(module))
+            self._random, self._versions = RandomState.of(device_of(module)), _versions(args, kwargs)
         return args, kwargs
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -126,7 +128,7 @@ class LoopCalls:
         kind = values.device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         drew = self._random.moved()
-        call = LoopCall(args, kwargs, values, self._random, autocast, module.training, drew, _versions(args, kwargs))
+        call = LoopCall(args, kwargs, values, self._random, autocast, module.training, drew, self._versions)
         if values.requires_grad:
             self._with_grad.append(call)
         else:
@@ -134,7 +136,7 @@ class LoopCalls:
 
 
 def _hooked(module: nn.Module, calls: LoopCalls) -> contextlib.AbstractContextManager[None]:
-    return hook_calls(module, calls.on_call)
+    return hook_calls_as_made(module, calls.on_call)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memhook.adapting.pairs import find_embedding, find_sample, find_timestep, read_output
 from memhook.adapting.replay import Path, look_up, put
+from memhook.adapting.tensors import leaves
 from memhook.capture.unrecorded import unrecorded
 from memhook.errors import MemhookError
 
@@ -26,8 +27,17 @@ NullTensor = Tensor | Callable[[], Tensor]
 Cut = Callable[[Any], Any]
 """Takes some rows of everything in nested arguments that has one for each sample."""
 
-# Other arguments that carry the prompt in diffusers' models; what is to stand there in an unconditional pass is the user's to say.
-_ALSO_TEXT: tuple[Path, ...] = (("added_cond_kwargs", "text_embeds"), ("pooled_projections",), ("encoder_attention_mask",))
+# Parts of names of other arguments that carry the prompt in diffusers' models, or were computed with it (a ControlNet's residuals); what is
+# to stand there in an unconditional pass is the user's to say.
+_ALSO_TEXT = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "text_emb",
+    "pooled_projections",
+    "prompt",
+    "block_additional_residual",
+    "controlnet_block",
+)
 # Largest difference to the null embedding, relative to its largest element, that rounding may cause where both went through the text
 # encoder in batches of different sizes. Captions differ by something like 1.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -79,8 +89,8 @@ class UnconditionalPass:
     def _arguments(self, call: LoopCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
         path, embedding = self._embedding(call)
         args, kwargs = _put(call.args, call.kwargs, path, self._null_for(call, embedding, path))
-        for other in _ALSO_TEXT:
-            if isinstance(look_up(args, kwargs, other), Tensor) and other not in self._others:
+        for other, _ in leaves(args, kwargs):
+            if other != path and other not in self._others and any(word in str(key) for key in other for word in _ALSO_TEXT):
                 raise MemhookError(
                     f"the denoiser was also given {_shown(other)}, which carries the prompt; expected to be told what stands there without one: "
                     f"null_arguments={{{other!r}: tensor}}, or None to leave it as it is"
@@ -153,7 +163,9 @@ def timesteps_of(call: LoopCall) -> Tensor:
     found = find_timestep(call.args, call.kwargs)
     if found is None:
         return torch.full((batch,), float("nan"))
-    timesteps = torch.as_tensor(found).detach().cpu().reshape(-1)
+    given = torch.as_tensor(found).detach().cpu()
+    own = given.ndim > 1 and len(given) == batch and given.numel() > batch  # a time for each token or frame; those that are given have a low one
+    timesteps = given.flatten(1).amax(1) if own else given.reshape(-1)
     if len(timesteps) not in (1, batch):
         raise MemhookError(f"the denoiser was given {len(timesteps)} timesteps for a batch of {batch}; expected one, or one for each sample")
     return timesteps.expand(batch) if len(timesteps) == 1 else timesteps

@@ -24,6 +24,16 @@ EXACT = [
     "FluxPipeline, true_cfg_scale",
     "WanPipeline 2.2, two denoisers",
     "AnimateDiffPipeline",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "PixArtSigmaPAGPipeline, learned variance",
+    "SanaPAGPipeline",
+    "AnimateDiffPAGPipeline, text repeated for every frame",
+    "StableDiffusion3Pipeline, skip-layer guidance",
+    "IFPipeline, learned variance",
+    "Cosmos2TextToImagePipeline, c + w (c - u), converted",
+    "WanPipeline, a time for every token",
+    "StableDiffusionAdapterPipeline, residuals that the denoiser pops",
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning", "ignore:In CPU autocast")
 
@@ -62,7 +72,7 @@ def test_one_prompt_of_two_is_mitigated_as_if_it_had_had_the_new_embedding_all_a
 
 
 def test_arithmetic_that_cannot_be_repaired_is_said():
-    with pytest.warns(UserWarning, match="QwenImagePipeline combines its predictions in a way that cannot be repaired after the fact"):
+    with pytest.warns(UserWarning, match="QwenImagePipeline: it combines its predictions in a way that cannot be repaired after the fact"):
         guarded("QwenImagePipeline, renormalized")
 
 
@@ -105,7 +115,7 @@ def test_repair_of_known_formulas(sign, strength):
         return sign * (strength * scaled + (1 - strength) * guided)
 
     predictions = [Prediction(values, None, None, None, slice(0, 3), None, Reader(3)) for values in (u, c)]
-    result = repaired(combine(c), predictions, 1, new, Reader(3))
+    result = repaired(combine(c), predictions, 1, new, Reader(3), uncond=0)
     if sign < 0 < strength:  # no pipeline rescales and negates; kept at the old scale
         assert torch.allclose(
             result / result.flatten(1).norm(dim=1)[:, None, None, None], combine(new) / combine(new).flatten(1).norm(dim=1)[:, None, None, None]
@@ -113,4 +123,22 @@ def test_repair_of_known_formulas(sign, strength):
     else:
         assert torch.allclose(result, combine(new))
     assert torch.equal(result[2], combine(c)[2])
-    assert repaired(combine(c) + torch.randn(3, 4, 8, 8, generator=generator) * 100, predictions, 1, new, Reader(3)) is None
+    assert repaired(combine(c) + torch.randn(3, 4, 8, 8, generator=generator) * 100, predictions, 1, new, Reader(3), uncond=0) is None
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_is_measured_against_the_guidance_term(distance, dtype):
+    """A renormalization for each token is no combination, however near the two predictions are; rounding is no other formula."""
+    from memhook.adapting.pairs import Prediction
+    from memhook_diffusers.outputs import Reader
+
+    generator = torch.Generator().manual_seed(0)
+    u, d, e = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
+    u, c, new = (values.to(dtype) for values in (u, u + distance * d, u + distance * e))
+    predictions = [Prediction(values, None, None, None, slice(0, 2), None, Reader(2)) for values in (u, c)]
+    guided = u + 4 * (c - u)
+    renormalized = guided * (c.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True))
+    assert repaired(guided, predictions, 1, new, Reader(2), uncond=0) is not None
+    if distance > 10 * torch.finfo(dtype).eps:
+        assert repaired(renormalized, predictions, 1, new, Reader(2), uncond=0) is None

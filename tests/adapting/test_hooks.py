@@ -1,6 +1,13 @@
 """A hook sees every call inside its block, and leaves nothing behind."""
 
 import contextlib
+import copy
+import copyreg
+import gc
+import io
+import itertools
+import pickle
+import sys
 
 import pytest
 import torch
@@ -8,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from memhook.adapting.hooks import hook_calls
+from memhook.adapting.hooks import hook_arguments, hook_calls
 
 TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_backward_hooks")
 
@@ -136,7 +143,6 @@ def test_a_block_may_end_while_the_hooks_of_a_call_are_running():
 
 
 def test_the_block_does_not_keep_the_module_alive():
-    import gc
     import weakref
 
     module = Doubling()
@@ -145,3 +151,160 @@ def test_the_block_does_not_keep_the_module_alive():
         del module
         gc.collect()
         assert reference() is None
+
+
+class Holder:
+    """Something that a reference cycle goes through."""
+
+
+def abandoned(module, on_call, hooks=(hook_calls,)):
+    """Blocks around ``module`` that only the collector can end, since they and the module are in one reference cycle."""
+    holder = Holder()
+    holder.me, holder.module = holder, module
+    holder.blocks = [hook(module, on_call) for hook in hooks]
+    for block in holder.blocks:
+        block.__enter__()
+
+
+def test_blocks_that_the_collector_ends_leave_nothing():
+    module, seen = Doubling(), []
+    module.register_forward_hook(lambda *call: None)
+    before = tables(module)
+    for _ in range(20):
+        abandoned(module, lambda *call: seen.append(call), [hook_calls, lambda *_: hook_arguments(module, lambda *given: given)])
+    gc.collect()
+    assert tables(module) == before
+    module(torch.ones(1))
+    assert not seen
+
+
+def test_the_collector_may_end_a_block_after_its_module():
+    """torch's handle refers to the tables weakly, and removes nothing once the collector has cleared those references."""
+    tables_left = []
+    for _ in range(20):
+        module = Doubling()
+        tables_left.append(module._forward_hooks)
+        module.me = module
+        abandoned(module, lambda *call: None)
+        del module
+    gc.collect()
+    assert tables_left == [{}] * 20
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="collects between instructions only")
+def test_the_collector_may_end_a_block_while_torch_copies_the_hooks():
+    """Up to Python 3.11 it runs in the middle of that, and a table that changes there would end the call with an error."""
+    module, threshold = Doubling(), gc.get_threshold()
+    for _ in range(2000):  # torch's copy makes as many objects as there are hooks
+        module.register_forward_hook(nothing)
+    before = dict(module._forward_hooks)
+    try:
+        for _ in range(20):
+            abandoned(module, nothing)
+            gc.set_threshold(500, 1, 1)
+            assert module(torch.ones(1)).tolist() == [2]
+            gc.set_threshold(*threshold)
+            module(torch.ones(1))
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert dict(module._forward_hooks) == before
+
+
+def nothing(*_):
+    """Picklable, for hooks that copies keep."""
+
+
+def pickled(module, protocol=None):
+    return pickle.loads(pickle.dumps(module, protocol=protocol))  # noqa: S301 -- its own
+
+
+def saved(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    "protocol 0": lambda module: pickled(module, 0),
+    "torch.save": saved,
+    "a deep copy of a copy": lambda module: copy.deepcopy(copy.copy(module)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_are_made_without_the_hook(copied):
+    module, seen = nn.Linear(2, 2), []
+    foreign = module.register_forward_hook(nothing, with_kwargs=True)
+    whole, before = nn.Sequential(module, nn.Tanh()), tables(module)
+    with hook_calls(module, lambda *call: seen.append(call)), hook_arguments(module, lambda *given: given):
+        inside = tables(module)
+        copies = [copied(module), copied(whole)[0]]
+        assert tables(module) == inside
+        for other in copies:
+            other(torch.ones(1, 2))
+            assert tables(other) == before
+            assert torch.equal(other.weight, module.weight)
+        assert not seen
+        module(torch.ones(1, 2))
+        assert len(seen) == 1
+    foreign.remove()
+    assert copies[0]._forward_hooks
+    assert type(module) not in copyreg.dispatch_table
+
+
+def test_a_shallow_copy_is_clean_when_the_module_is():
+    module = nn.Linear(2, 2)
+    with hook_calls(module, nothing):
+        other = copy.copy(module)
+        assert other._forward_hooks is module._forward_hooks
+    assert not other._forward_hooks
+
+
+def test_a_traced_module_that_copies_itself_in_its_own_way_is_not_seen():
+    module, seen = torch.fx.symbolic_trace(nn.Sequential(nn.Tanh())), []
+    with hook_calls(module, lambda *call: seen.append(call)):
+        other = copy.deepcopy(module)
+        other(torch.ones(1))
+        assert not seen
+    other(torch.ones(1))
+    assert not other._forward_hooks
+
+
+def test_blocks_in_many_threads_share_one_hook():
+    module = Doubling()
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(hook_calls(module, nothing))
+            assert len(module._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("at", range(1, 300, 3))
+def test_an_interruption_at_any_moment_leaves_nothing(at):
+    """Of entering and of leaving; a trace function stands for the signal."""
+    module = Doubling()
+    before, count = tables(module), itertools.count(1)
+
+    def interrupt(frame, event, _):
+        if event in ("call", "line") and "memhook" in frame.f_code.co_filename and next(count) == at:
+            raise Interruption
+        return interrupt
+
+    def run():
+        with hook_calls(module, nothing):
+            module(torch.ones(1))
+
+    previous = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        run()
+    except Interruption:
+        pass
+    finally:
+        sys.settrace(previous)
+    assert tables(module) == before
+    assert type(module) not in copyreg.dispatch_table
+    assert torch.is_grad_enabled()

@@ -1,7 +1,6 @@
 """Watches in several threads and tasks: each sees its own calls, and only those."""
 
 import asyncio
-import gc
 import random
 import sys
 import threading
@@ -70,14 +69,10 @@ def test_thirty_two_threads_of_two_hundred_calls_equal_a_serial_run():
     unet = Light()
     barrier, patience = threading.Barrier(32), sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
-    # Up to Python 3.11 a garbage collection can let another thread run while torch copies a module's hooks, which fails if that
-    # thread adds or removes one. Whoever adds hooks while other threads call the module has that risk (docs/index.md); it is not what is tested here.
-    gc.disable()
     try:
         with ThreadPoolExecutor(32) as pool:
             parallel = list(pool.map(lambda seed: two_hundred_calls(unet, seed, barrier), range(32)))
     finally:
-        gc.enable()
         sys.setswitchinterval(patience)
     assert not unet._forward_hooks
     assert not unet._forward_hooks_with_kwargs

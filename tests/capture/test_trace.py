@@ -354,3 +354,14 @@ def test_samples_are_a_trace_of_some_of_the_samples():
     assert np.array_equal(part.timesteps, trace.timesteps)
     assert part.roles == trace.roles
     assert len(part.groups) == 2
+
+
+@pytest.mark.parametrize("clean_first", [True, False])
+def test_a_time_for_every_token(clean_first):
+    """Tokens that are given have a low time that stands still; that of the others says how far the run is."""
+    trace = memhook.Trace()
+    for level in (900.0, 500.0, 100.0):
+        times = torch.tensor([[0.0, level, level], [0.0, 7.0, 7.0]])
+        trace.record(torch.ones(2, 4), torch.zeros(2, 4), timestep=times if clean_first else times.flip(1))
+    assert trace.timesteps.tolist() == [900, 500, 100]
+    assert len(trace.runs) == 1

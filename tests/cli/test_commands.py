@@ -175,3 +175,27 @@ def test_generate_stops_with_status_1_before_a_picture_is_made(tmp_path):
     assert result.exit_code == 1
     assert "stopped" in result.output
     assert not list(tmp_path.glob("with-*.png"))
+
+
+def test_scores_are_listed_with_what_they_need():
+    result = run("methods")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"magnitude .*pair .*memhook .*in use", result.output)
+    assert re.search(r"dsm .*previous .*memhook .*in use", result.output)
+
+
+def test_calibrate_and_detect_take_a_score_by_name(tmp_path):
+    (tmp_path / "clean.txt").write_text("a pig on green wall art\nan owl, a lantern\nquiet rocket poster\n")
+    short = ("--images", "1", "--steps", "4")
+    file = str(tmp_path / "dsm.safetensors")
+    made = run("calibrate", "--prompts", str(tmp_path / "clean.txt"), "--out", file, "--score", "dsm", "--first", "3", *short)
+    assert made.exit_code == 0, made.output
+    assert "dsm over the first 3 evaluations" in made.output
+    same = run("detect", "--prompt", "a pig on green wall art", "--calibration", file, "--fpr", "0.3", "--steps", "4")
+    assert same.exit_code == 0, same.output
+    assert "Score dsm" in same.output
+    other = run("detect", "--prompt", "a pig on green wall art", "--calibration", file, "--fpr", "0.3", "--steps", "4", "--score", "magnitude")
+    assert other.exit_code != 0
+    assert "is of the score 'dsm'" in str(other.exception) + other.output
+    unknown = run("detect", "--prompt", "a pig", "--score", "nosuch")
+    assert "no score named 'nosuch'" in str(unknown.exception) + unknown.output

@@ -26,6 +26,7 @@ def words(*prompts):
 def test_what_a_run_says_about_itself():
     setting = run_setting(run(steps=3, cond=words(0, 1, 0, 1)))
     assert setting.pop("model")["structure"]
+    assert [text["tokens"] for text in setting.pop("unconditional_text")] == [5]
     assert setting == {
         "host": "module",
         "space": "eps",

@@ -259,3 +259,35 @@ def test_embeddings_without_rows_of_the_batch(model):
     with raises("no embedding of 2 rows"), filtered(model, embedding="encoder_hidden_states") as f:
         model(sample, t, encoder_hidden_states=embeddings(1.0))
         f.keep()
+
+
+class Overwriting(Plain):
+    def forward(self, sample, timestep, encoder_hidden_states):
+        return super().forward(sample.mul_(0.5), timestep, encoder_hidden_states)
+
+
+def test_the_denoiser_writes_into_what_it_is_given():
+    overwriting = Overwriting()
+    with raises("changed in place, by the denoiser itself"), filtered(overwriting) as f:
+        step(overwriting, f, 0.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["encoder_hidden_states_t5", "text_embedding_mask", "encoder_hidden_states_mask", "encoder_hidden_states_2", "down_block_additional_residuals"],
+)
+def test_every_other_text_input_is_named(name):
+    """HunyuanDiT has two texts, QwenImage a mask beside its own, and a ControlNet's residuals were computed with the prompt."""
+
+    class Several(Plain):
+        def forward(self, sample, timestep, encoder_hidden_states, **_):
+            return super().forward(sample, timestep, encoder_hidden_states)
+
+    several, (sample, t, text, target) = Several(), pairs(0.5, 3.0)
+    other = (torch.ones(2, 3),) if "residuals" in name else torch.ones(2, 3)
+    with raises("also given argument", name, "null_arguments"), filtered(several) as f:
+        f.mean(losses_of(several(sample, t, text, **{name: other}), target))
+    named = {(name, 0) if "residuals" in name else name: None}
+    with filtered(several, null_arguments=named) as f:
+        f.mean(losses_of(several(sample, t, text, **{name: other}), target))
+    assert f.report().dropped == 1

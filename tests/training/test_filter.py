@@ -344,3 +344,19 @@ def test_an_overflow_may_be_left_to_the_gradient_scaler():
     report = f.report()
     assert not loss.isfinite()  # it shows; a zero would not
     assert (report.nonfinite, report.dropped, report.judged) == (1, 1, 1)
+
+
+class Consuming(Plain):
+    def forward(self, sample, timestep, encoder_hidden_states, residuals):
+        return super().forward(sample + residuals.pop(), timestep, encoder_hidden_states)
+
+
+def test_inputs_that_the_denoiser_takes_out_of_their_list():
+    """As every UNet of diffusers does with the residuals of a T2I-Adapter."""
+    sample, t, text, target = pairs(0.5, 3.0)
+    plain, consuming = Plain(), Consuming()
+    with filtered(plain, 4.0) as expected:
+        loss = expected.mean(losses_of(plain(sample + 1, t, text), target))
+    with filtered(consuming, 4.0) as found:
+        assert torch.equal(found.mean(losses_of(consuming(sample, t, text, [torch.ones_like(sample)]), target)), loss)
+    assert found.report().dropped == expected.report().dropped == 1

@@ -4,6 +4,7 @@
 """
 
 from tests.adapters.zoo import (  # noqa: F401 -- they register their families
+    corners,
     extras,
     forms,
     images,

@@ -112,31 +112,37 @@ def _() -> Host:
     return host("WanImageToVideoPipeline", components, image=image, image_embeds=None, **VIDEO, **one)
 
 
+def cosmos_transformer(**changes: Any) -> torch.nn.Module:
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "text_embed_dim": WIDTH,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 32, 32),
+        "patch_size": (1, 2, 2),
+        "rope_scale": (1.0, 4.0, 4.0),
+        "concat_padding_mask": False,
+        "extra_pos_embed_type": None,
+    }
+    return randomize(diffusers.CosmosTransformer3DModel(**{**config, **changes}))
+
+
+class Safe:
+    """Stands in for Cosmos's checker."""
+
+    def to(self, _: Any) -> None:
+        pass
+
+    def check_text_safety(self, _: str) -> bool:
+        return True
+
+
 @family("Cosmos2TextToImagePipeline, c + w (c - u), converted", "c|u")
 def _() -> Host:
-    transformer = diffusers.CosmosTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=1,
-        text_embed_dim=WIDTH,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-        patch_size=(1, 2, 2),
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    )
-    components = {"transformer": randomize(transformer), "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "vae": wan_vae()}
-
-    class Safe:
-        def to(self, _: Any) -> None:
-            pass
-
-        def check_text_safety(self, _: str) -> bool:
-            return True
-
+    components = {"transformer": cosmos_transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), "vae": wan_vae()}
     return host("Cosmos2TextToImagePipeline", {**components, "safety_checker": Safe()}, height=32, width=32, **text())
 
 

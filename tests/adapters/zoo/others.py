@@ -15,7 +15,7 @@ from tests.adapters.zoo.models import WIDTH, clip_text, ddim, movq, prior, sound
 
 
 def run_of(pipeline: Any, **arguments: Any) -> Any:
-    return lambda: pipeline(generator=generator(), **arguments)[0]
+    return lambda **more: pipeline(generator=generator(), **{**arguments, **more})[0]
 
 
 @family("IFPipeline, learned variance", "uc")

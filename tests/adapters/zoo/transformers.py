@@ -251,8 +251,8 @@ def _() -> Host:
     return host("AuraFlowPipeline", components, height=64, width=64, **text(mask=True))
 
 
-@family("HunyuanDiTPipeline, two text inputs", "uc")
-def _() -> Host:
+def hunyuan_dit(name: str, **call: Any) -> Host:
+    """Two texts; with ``controlnet=`` a function that makes one of the denoiser."""
     transformer = diffusers.HunyuanDiT2DModel(
         sample_size=SIZE,
         num_layers=2,
@@ -279,4 +279,11 @@ def _() -> Host:
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-    return host("HunyuanDiTPipeline", components, height=16, width=16, use_resolution_binning=False, **text(mask=True), **second, **masks)
+    if "controlnet" in call:
+        components["controlnet"] = call.pop("controlnet")(components["transformer"])
+    return host(name, components, height=16, width=16, use_resolution_binning=False, **text(mask=True), **second, **masks, **call)
+
+
+@family("HunyuanDiTPipeline, two text inputs", "uc")
+def _() -> Host:
+    return hunyuan_dit("HunyuanDiTPipeline")
