@@ -10,6 +10,7 @@ adapters are made of and no method; what is a front end, like the command, may u
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -240,3 +241,22 @@ def test_the_reader_sees_arrows_of_every_form(source: str, text: str, wrong: boo
 def test_a_ring_is_found() -> None:
     assert set(cycle({"a": ["b"], "b": ["c"], "c": ["a"], "d": ["a"]})) == {"a", "b", "c"}
     assert cycle({"a": ["b"], "b": ["c"], "d": ["a"]}) == []
+
+
+def contents(sign: str) -> tuple[list[str], set[str]]:
+    """The entries of a room's table of contents, and further files that the text of an entry names in backticks."""
+    table = sign.partition("Lives here:")[2].partition("May use:")[0]
+    return re.findall(r"^ {4}(\w+)  ", table, flags=re.MULTILINE), set(re.findall(r"`(\w+)`", table))
+
+
+@pytest.mark.parametrize("name", [room for line in ORDER for room in line if (ROOT / "memhook" / room).is_dir()])
+def test_every_room_has_a_sign_that_names_each_of_its_files(name: str) -> None:
+    folder = ROOT / "memhook" / name
+    sign = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")), clean=False) or ""
+    entries, named = contents(sign)
+    inside = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} - {"__init__"}
+    assert len(entries) == len(set(entries))
+    assert set(entries) <= inside, f"memhook/{name}/__init__.py names files that are not there"
+    assert inside <= {*entries, *named}, f"memhook/{name}/__init__.py does not say what these are for"
+    assert "May use:" in sign
+    assert "Used by:" in sign

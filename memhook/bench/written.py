@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,8 @@ class Shown:
     def text(self, text: str) -> None:
         """Print a paragraph."""
         console.print(text, highlight=False, markup=False)
-        self._parts.append(text)
+        lines = (textwrap.fill(line, 140, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+        self._parts.append("\n".join(lines))
 
     def markdown(self) -> str:
         """All of it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memhook.capture.described import Described
 from memhook.capture.prediction import SPACES, Evaluation, Roles, Space, magnitude
+from memhook.capture.prompts import numbered, prompt_mean
 from memhook.capture.rows import Row, grouped, number, own, read, settle, stored
 from memhook.capture.runs import run_starts
 from memhook.capture.score_values import Scores, has_score, no_value, score_rows
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from memhook.capture.texts import Text
     from memhook.hookspecs import Score
 
-__all__ = ["Row", "Trace", "per_prompt", "prompt_mean"]
+__all__ = ["Row", "Trace"]
 
 
 class Trace:
@@ -101,7 +102,7 @@ class Trace:
     def _grouped(self, evaluation: Evaluation, groups: Sequence[int] | np.ndarray | Tensor) -> Row:
         numbers = grouped(groups, samples=evaluation.pred_cond.shape[0])
         before = next((row.conditioning for row in self._rows if row.conditioning is not None), numbers)
-        earlier, now = (_number_by_first_appearance(keys[0].cpu().numpy()).tolist() for keys in (before, numbers))
+        earlier, now = (numbered(keys[0].cpu().numpy()).tolist() for keys in (before, numbers))
         if earlier != now:
             raise MemhookError(
                 f"groups is {numbers[0].tolist()}, and for the first evaluation of this trace it was {before[0].tolist()}; "
@@ -320,7 +321,7 @@ class Trace:
         self._settle()
         for row in self._rows:
             if row.conditioning is not None:
-                return _number_by_first_appearance(row.conditioning[0].cpu().numpy())
+                return numbered(row.conditioning[0].cpu().numpy())
         return np.arange(self._rows[0].samples if self._rows else 0)
 
     @property
@@ -432,20 +433,3 @@ class Trace:
     def _starts(self) -> list[int]:
         self._settle()
         return run_starts([row.samples for row in self._rows], self.timesteps, self.sigmas, continues=[row.continues for row in self._rows])
-
-
-def per_prompt(magnitudes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Average ``(s, b)`` magnitudes over each prompt's samples: ``(prompts, s)`` float32."""
-    return np.stack([magnitudes[:, groups == group].mean(axis=1, dtype=np.float64) for group in range(groups.max() + 1)]).astype(np.float32)
-
-
-def prompt_mean(magnitudes: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Mean of ``(s, n)`` magnitudes over the evaluations that are present, ``(n,)``; a NaN among those stays a NaN."""
-    with np.errstate(invalid="ignore"):  # infinities of both signs make a NaN
-        mean: np.ndarray = magnitudes[present].mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean
-
-
-def _number_by_first_appearance(keys: np.ndarray) -> np.ndarray:
-    seen: dict[int, int] = {}
-    return np.array([seen.setdefault(int(key), len(seen)) for key in keys])

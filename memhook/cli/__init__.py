@@ -1,4 +1,24 @@
-"""The ``memhook`` command."""
+"""The ``memhook`` command: its words and options, and what it prints.
+
+Lives here:
+
+    app        the commands and their options
+    options    options that several commands have
+    demo       `memhook demo`, with its prompts (`demo_prompts`), figures (`figures`) and page
+               (`page`)
+    detect     `memhook detect`, with its journal (`journal`) and what it says of each prompt
+               (`verdicts`)
+    calibrate  `memhook calibrate`
+    attribute  `memhook attribute`
+    generate   `memhook generate`
+    adapters   `memhook adapters`
+    bench_app  the commands `memhook bench ...`
+    bench      printing what `memhook.bench` measures
+    methods    `memhook methods`
+
+May use: every room; modules with options import their work inside the commands, so that ``--help``
+imports no torch. Used by: nothing but the entry point.
+"""
 
 from __future__ import annotations
 

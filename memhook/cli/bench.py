@@ -8,6 +8,7 @@ import torch
 
 from memhook.bench.capture import capture_rows, random_pipeline
 from memhook.bench.gradients import GOALS, gradient_costs, ratios
+from memhook.bench.startup import startup_rows
 from memhook.bench.written import Shown, read_page, write_page
 from memhook.errors import MemhookError
 from memhook.report.tables import console
@@ -50,6 +51,41 @@ def run_capture_bench(*, rounds: int, images: int, steps: int, large: bool, devi
     shown.text("Bytes, reads into Python and CUDA synchronizations are per evaluation; reads and synchronizations beyond the unwatched run.")
     if page is not None:
         write_page(page, "capture", shown)
+
+
+def run_startup_bench(*, rounds: int, page: Path | None = None) -> None:
+    """How long `import memhook` and the command take to answer."""
+    if page is not None:
+        read_page(page, "startup")
+    with console.status("starting processes, by turns"):
+        rows = startup_rows(rounds=rounds)
+    shown = Shown()
+    columns = [
+        ("started", ""),
+        ("seconds", "right"),
+        ("time / bare Python", "right"),
+        ("lowest, highest", "right"),
+        ("modules", "right"),
+        ("torch", ""),
+    ]
+    shown.table(
+        f"How long it takes to start ({rounds} rounds)",
+        columns,
+        [
+            (
+                row.what,
+                f"{row.seconds:.2f}",
+                f"{row.ratio:.1f}",
+                f"{row.spread[0]:.1f}, {row.spread[1]:.1f}",
+                str(row.modules),
+                "loaded" if row.torch else "not loaded",
+            )
+            for row in rows
+        ],
+    )
+    shown.text("Each is a process of its own, from its start to its end; modules are those loaded at the end.")
+    if page is not None:
+        write_page(page, "startup", shown)
 
 
 def run_gradients_bench(*, updates: int, repeats: int, samples: int, large: bool, page: Path | None = None) -> None:

@@ -57,6 +57,14 @@ def bench_capture(
     run_capture_bench(rounds=rounds, images=images, steps=steps, large=large, device=device, page=page)
 
 
+@bench_app.command("startup")
+def bench_startup(rounds: Annotated[int, typer.Option(help="Starts of each command.")] = 7, page: Page = None) -> None:
+    """How long the command takes to answer, beside a bare Python and torch alone (about a minute on 2 cores)."""
+    from memhook.cli.bench import run_startup_bench
+
+    run_startup_bench(rounds=rounds, page=page)
+
+
 @bench_app.command("gradients")
 def bench_gradients(
     updates: Annotated[int, typer.Option(help="Updates of an optimization.")] = 10,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memhook.capture.trace import per_prompt
+from memhook.capture.prompts import per_prompt
 from memhook.cli.demo_prompts import IMAGES, measure
 from memhook.report.tables import console, number, print_table, shown, verdict
 

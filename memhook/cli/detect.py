@@ -13,8 +13,8 @@ import numpy as np
 from rich.text import Text
 
 from memhook.bench.sampling import IMAGES, Sampling
+from memhook.capture.prompts import per_prompt
 from memhook.capture.scoring import MAGNITUDE, as_scored
-from memhook.capture.trace import per_prompt
 from memhook.cli.journal import Journal
 from memhook.cli.verdicts import Verdict, check_format, json_lines, write_verdicts
 from memhook.detection.calibration import Calibration

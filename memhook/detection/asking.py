@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from memhook.capture.prediction import Evaluation, magnitude
-from memhook.capture.trace import Trace, prompt_mean
+from memhook.capture.prompts import prompt_mean
+from memhook.capture.trace import Trace
 from memhook.capture.unrecorded import unrecorded
 from memhook.errors import CalibrationError, MemhookError, ReplayError
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memhook.capture.prompts import per_prompt, prompt_mean
 from memhook.capture.scoring import MAGNITUDE
-from memhook.capture.trace import Trace, per_prompt, prompt_mean
+from memhook.capture.trace import Trace
 from memhook.detection.setting import brief, can_differ, check_setting, differences, first_part, run_setting
 from memhook.errors import CalibrationError, CalibrationMismatchError
 from memhook.scores.stored import read_calibration_file

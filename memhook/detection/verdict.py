@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memhook.capture.trace import per_prompt, prompt_mean
+from memhook.capture.prompts import per_prompt, prompt_mean
 
 if TYPE_CHECKING:
     from memhook.capture.trace import Trace

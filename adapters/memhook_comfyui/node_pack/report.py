@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 import memhook
-from memhook.capture.trace import per_prompt
+from memhook.capture.prompts import per_prompt
 
 from .host import CATEGORY, shown
 from .pictures import lines
