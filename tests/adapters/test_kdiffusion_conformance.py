@@ -6,8 +6,8 @@ import torch
 from memhook.testing import AdapterConformance
 from memhook_kdiffusion import KDiffusionAdapter, wrap
 from tests.adapters import kdiffusion_wrappers as wild
+from tests.adapters.kdiffusion_runs import noise
 from tests.adapters.kdiffusion_samplers import EpsDenoiser, VDenoiser, heun
-from tests.adapters.test_kdiffusion import noise
 
 WORDS = {"": 0, "a lighthouse at dusk": 1, "two red apples": 2}
 TEXTS = wild.conditioning(3)

@@ -10,8 +10,8 @@ import memhook
 from memhook import Intervention
 from memhook_kdiffusion import KDiffusionAdapter, wrap
 from tests.adapters import kdiffusion_wrappers as wild
+from tests.adapters.kdiffusion_runs import PLAIN, arguments, noise, prompts, several, webui
 from tests.adapters.kdiffusion_samplers import OWN, REAL, EpsDenoiser, VDenoiser, seeded
-from tests.adapters.test_kdiffusion import PLAIN, arguments, noise, prompts, several, webui
 
 pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
 SIGMAS = wild.sigmas_of(4)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from memhook import attribute_tokens
 from memhook.errors import MemhookError
 
+from . import inputs
 from .host import CATEGORY, check_interrupted, progress, shown
 from .pictures import bars
-from .sampling import Conditioning, encode, probe, sampler_inputs
+from .sampling import Conditioning, encode, probe
 from .tokens import prompt_tokens
 
 
@@ -32,9 +33,9 @@ class AttributeTokens:
                 "model": ("MODEL", {"tooltip": "The model that makes the pictures."}),
                 "clip": ("CLIP", {"tooltip": "The text encoder of your prompt."}),
                 "text": ("STRING", {"multiline": True, "tooltip": "The prompt to look into."}),
-                "negative": ("CONDITIONING", {"tooltip": "The negative prompt that your sampler gets."}),
+                "negative": inputs.negative(),
                 "latent": ("LATENT", {"tooltip": "An empty latent of the size and number of your pictures."}),
-                **sampler_inputs(),
+                **inputs.sampler_inputs(),
                 "evaluations": (
                     "INT",
                     {"default": 1, "min": 1, "max": 1000, "tooltip": "How many steps to average over. The first one says the most."},

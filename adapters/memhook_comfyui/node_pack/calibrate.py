@@ -9,8 +9,9 @@ import memhook
 from memhook.detection.calibration import Calibration
 from memhook.errors import CalibrationError, MemhookError
 
+from . import inputs
 from .host import CATEGORY, check_interrupted, output_folder, progress
-from .sampling import Conditioning, encode, probe, sampler_inputs
+from .sampling import Conditioning, encode, probe
 
 _NAME = re.compile(r"[\w][\w .-]{0,99}")
 
@@ -35,13 +36,10 @@ class Calibrate:
                 "model": ("MODEL", {"tooltip": "The model that makes the pictures, with its LoRAs."}),
                 "clip": ("CLIP", {"tooltip": "Its text encoder."}),
                 "prompts": ("STRING", {"multiline": True, "tooltip": "Prompts that you know to be harmless, one a line."}),
-                "negative": ("CONDITIONING", {"tooltip": "The negative prompt that your sampler gets."}),
+                "negative": inputs.negative(),
                 "latent": ("LATENT", {"tooltip": "An empty latent of the size and number of your pictures."}),
-                **sampler_inputs(),
-                "evaluations": (
-                    "INT",
-                    {"default": 1, "min": 1, "max": 1000, "tooltip": "Over how many of the first steps to score. Guard wants few."},
-                ),
+                **inputs.sampler_inputs(),
+                "evaluations": inputs.evaluations("Over how many of the first steps to score. Guard wants few.", least=1, most=1000),
                 "name": ("STRING", {"default": "calibration", "tooltip": "Saved under this name in output/memhook, for Memhook Load Calibration."}),
             }
         }

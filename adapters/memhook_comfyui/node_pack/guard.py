@@ -8,6 +8,7 @@ import memhook
 from memhook.errors import MemhookError, MemorizationDetectedError
 from memhook_comfyui.adapter import RunAdapter, sampler_of
 
+from . import inputs
 from .host import CATEGORY, comfy, patched, say
 from .runs import RUNS
 
@@ -30,35 +31,18 @@ class Guard:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
         """ComfyUI's description of the inputs."""
-        rate = {"default": 0.01, "min": 0.0001, "max": 0.5, "step": 0.001, "round": False}
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model to guard. Put LoRAs before this node."}),
                 "action": (["mitigate", "stop"], {"tooltip": "mitigate: change the prompt's encoding and go on. stop: cancel the run."}),
-                "false_alarms": (
-                    "FLOAT",
-                    {**rate, "tooltip": "How often a harmless prompt may be taken for a memorized one: 0.01 is one in a hundred."},
+                "false_alarms": inputs.false_alarms(),
+                "target": inputs.target(
+                    "How strongly the prompt may pull after mitigation (see the Report's score). 0 takes it from the calibration."
                 ),
-                "target": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1000.0,
-                        "step": 0.01,
-                        "tooltip": "How strongly the prompt may pull after mitigation (see the Report's score). 0 takes it from the calibration.",
-                    },
-                ),
-                "learning_rate": (
-                    "FLOAT",
-                    {"default": 0.05, "min": 0.0001, "max": 1.0, "step": 0.001, "round": False, "tooltip": "Larger changes more."},
-                ),
-                "max_steps": (
-                    "INT",
-                    {"default": 10, "min": 1, "max": 200, "tooltip": "How many changes at most. Each costs about three sampler steps."},
-                ),
+                "learning_rate": inputs.learning_rate(),
+                "max_steps": inputs.max_steps(" Each costs about three sampler steps.", most=200),
             },
-            "optional": {"calibration": ("MEMHOOK_CALIBRATION", {"tooltip": "What harmless prompts score, from Memhook Calibrate. Needed to stop."})},
+            "optional": {"calibration": inputs.calibration(" Needed to stop.")},
             "hidden": {"node": "UNIQUE_ID"},
         }
 

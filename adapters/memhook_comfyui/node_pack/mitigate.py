@@ -11,8 +11,9 @@ from memhook import optimize_embedding
 from memhook.errors import MemhookError
 from memhook_comfyui.prompts import rows_of
 
+from . import inputs
 from .host import CATEGORY, check_interrupted, progress
-from .sampling import Conditioning, probe, sampler_inputs
+from .sampling import Conditioning, probe
 
 if TYPE_CHECKING:
     from memhook.detection.calibration import Calibration
@@ -35,30 +36,18 @@ class Mitigate:
             "required": {
                 "model": ("MODEL", {"tooltip": "The model that makes the pictures."}),
                 "positive": ("CONDITIONING", {"tooltip": "The encoded prompt to change. It is copied, never changed itself."}),
-                "negative": ("CONDITIONING", {"tooltip": "The negative prompt that your sampler gets."}),
+                "negative": inputs.negative(),
                 "latent": ("LATENT", {"tooltip": "An empty latent of the size of your pictures. More pictures make the change fit more seeds."}),
-                **sampler_inputs(),
-                "target": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1000.0,
-                        "step": 0.01,
-                        "tooltip": "How strongly the prompt may pull (see the Report's score). 0: as harmless prompts do, by the calibration.",
-                    },
-                ),
-                "learning_rate": (
-                    "FLOAT",
-                    {"default": 0.05, "min": 0.0001, "max": 1.0, "step": 0.001, "round": False, "tooltip": "Larger changes more."},
-                ),
-                "max_steps": ("INT", {"default": 10, "min": 1, "max": 500, "tooltip": "How many changes at most."}),
+                **inputs.sampler_inputs(),
+                "target": inputs.target("How strongly the prompt may pull (see the Report's score). 0: as harmless prompts do, by the calibration."),
+                "learning_rate": inputs.learning_rate(),
+                "max_steps": inputs.max_steps(most=500),
                 "fixed_tokens": (
                     "INT",
                     {"default": 1, "min": 0, "max": 16, "tooltip": "Positions at the front that stay: 1 for CLIP (its start token), 0 for T5."},
                 ),
             },
-            "optional": {"calibration": ("MEMHOOK_CALIBRATION", {"tooltip": "What harmless prompts score, from Memhook Calibrate."})},
+            "optional": {"calibration": inputs.calibration()},
         }
 
     def mitigate(

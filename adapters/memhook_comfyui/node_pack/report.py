@@ -9,6 +9,7 @@ import numpy as np
 import memhook
 from memhook.capture.prompts import per_prompt
 
+from . import inputs
 from .host import CATEGORY, shown
 from .pictures import lines
 from .runs import RUNS
@@ -38,25 +39,15 @@ class Report:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
         """ComfyUI's description of the inputs."""
-        rate = {"default": 0.01, "min": 0.0001, "max": 0.5, "step": 0.001, "round": False}
         return {
             "required": {
                 "latent": ("LATENT", {"tooltip": "Straight from a sampler whose model went through Memhook Watch or Memhook Guard."}),
-                "evaluations": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 0,
-                        "max": 10000,
-                        "tooltip": "Score over so many of the first steps; 0 for all. A calibration knows it itself.",
-                    },
+                "evaluations": inputs.evaluations(
+                    "Score over so many of the first steps; 0 for all. A calibration knows it itself.", least=0, most=10000
                 ),
-                "false_alarms": (
-                    "FLOAT",
-                    {**rate, "tooltip": "How often a harmless prompt may be taken for a memorized one: 0.01 is one in a hundred."},
-                ),
+                "false_alarms": inputs.false_alarms(),
             },
-            "optional": {"calibration": ("MEMHOOK_CALIBRATION", {"tooltip": "What harmless prompts score, from Memhook Calibrate."})},
+            "optional": {"calibration": inputs.calibration()},
         }
 
     def report(self, latent: dict[str, Any], evaluations: int, false_alarms: float, calibration: Calibration | None = None) -> dict[str, Any]:

@@ -14,19 +14,6 @@ if TYPE_CHECKING:
 Conditioning = list[list[Any]]
 
 
-def sampler_inputs() -> dict[str, Any]:
-    """KSampler's own inputs, which have to be set as they are there."""
-    samplers = comfy("comfy.samplers").KSampler
-    like = "Set it as in your sampler."
-    return {
-        "seed": ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True, "tooltip": "Of the starting noise."}),
-        "steps": ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": like}),
-        "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01, "tooltip": f"{like} Above 1."}),
-        "sampler_name": (samplers.SAMPLERS, {"tooltip": like}),
-        "scheduler": (samplers.SCHEDULERS, {"tooltip": like}),
-    }
-
-
 def probe(
     model: Any,
     positive: Conditioning,
