@@ -64,9 +64,10 @@ class Combined:
         return cond.to(self.x) + change[:, None] * share.reshape(*share.shape, *[1] * (self.x.ndim - 1))
 
     def take(self, samples: Tensor) -> Combined:
-        """The same for some samples."""
-        own = samples.to(self.x.device)
-        return Combined(self.x[own], self.sigma[own], self.uncond[own], self.weights[samples.cpu()], self.guided[own])
+        """The same for some samples; parts of tensors that may take part in autograd may do so as well, also inside of inference_mode."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            own = samples.to(self.x.device)
+            return Combined(self.x[own], self.sigma[own], self.uncond[own], self.weights[samples.cpu()], self.guided[own])
 
     def detached(self) -> Combined:
         """Copies that may take part in autograd though they were made under inference_mode, and that later changes do not reach."""

@@ -127,6 +127,34 @@ def test_closures(layout):
     assert torch.allclose(repaired, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("made_inside", [False, True], ids=["tensors made outside", "tensors made inside"])
+@pytest.mark.parametrize("kind", [*PLAIN, "a1111"])
+def test_under_inference_mode(kind, made_inside):
+    """A part of a batch is repaired by gradients inside of a mode that makes no tensors for autograd; all comes out as under no_grad."""
+    network = wild.Latent()
+
+    def run(mode):
+        wrapper = webui(network) if kind == "a1111" else PLAIN[kind](EpsDenoiser(network))
+        extra = several()[1] if kind == "a1111" else arguments(2)
+        x, sigmas = noise(2), SIGMAS.clone()
+        mitigation = memhook.mitigate(wrapper, target_magnitude=target, fixed_tokens=0, lr=0.1, max_steps=40)
+        with mitigation as report, mode():
+            if made_inside:
+                x, sigmas, extra = x.clone(), sigmas.clone(), {key: value.clone() if torch.is_tensor(value) else value for key, value in extra.items()}
+            result = OWN["heun"](wrapper, x, sigmas, extra)
+        return result.clone(), report
+
+    wrapper = webui(network) if kind == "a1111" else PLAIN[kind](EpsDenoiser(network))
+    with memhook.watch(wrapper) as trace:
+        OWN["heun"](wrapper, noise(2), SIGMAS, several()[1] if kind == "a1111" else arguments(2))
+    target, loud = target_between(trace)
+    (expected, usual), (found, report) = run(torch.no_grad), run(torch.inference_mode)
+    assert report.flagged.tolist() == usual.flagged.tolist() == [sample == loud for sample in range(2)]
+    assert torch.equal(report.optimized.embedding, usual.optimized.embedding)
+    assert torch.equal(found, expected)
+    assert report.substituted == len(report.trace) - 1
+
+
 def test_two_images_of_a_prompt_get_their_own_embeddings():
     """Rows of one text are told apart by the noisy sample that they were made from."""
     network = wild.Latent()
