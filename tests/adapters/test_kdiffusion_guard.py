@@ -140,7 +140,11 @@ def test_under_inference_mode(kind, made_inside):
         mitigation = memhook.mitigate(wrapper, target_magnitude=target, fixed_tokens=0, lr=0.1, max_steps=40)
         with mitigation as report, mode():
             if made_inside:
-                x, sigmas, extra = x.clone(), sigmas.clone(), {key: value.clone() if torch.is_tensor(value) else value for key, value in extra.items()}
+                x, sigmas, extra = (
+                    x.clone(),
+                    sigmas.clone(),
+                    {key: value.clone() if torch.is_tensor(value) else value for key, value in extra.items()},
+                )
             result = OWN["heun"](wrapper, x, sigmas, extra)
         return result.clone(), report
 
